@@ -184,7 +184,7 @@ class GenerateRequest:
 
 
 class TokenLogprobs(NamedTuple):
-    """Natural-log probabilities at one position, after penalties and before temperature and truncation."""
+    """Natural-log probabilities at one position, of the model's raw logits (before penalties, temperature, truncation)."""
 
     token_id: int
     logprob: float
