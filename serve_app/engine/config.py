@@ -50,7 +50,7 @@ class EngineConfig:
     """Capture decode steps as CUDA graphs. Ignored on a CPU."""
 
     deterministic: bool | None = None
-    """Bits of a token independent of the batch. By default on for CPU (if the machine passes the proof), off for GPU."""
+    """Bits of a token independent of the batch. By default on for a CPU (if it passes the proof), off for a GPU."""
 
     seed: int = 0
     """Seeds dummy weights, and the seeds drawn for requests that bring none."""

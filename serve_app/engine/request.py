@@ -86,7 +86,7 @@ class SamplingParams:
     """Leave special tokens out of the text."""
 
     logprobs: int | None = None
-    """Report log-probabilities of each output token and of this many likeliest alternatives. 0: only the token's own."""
+    """Report log-probabilities of each output token and of this many likeliest ones. 0: only the token's own."""
 
     prompt_logprobs: int | None = None
     """The same for the tokens of the prompt. Such a request takes no prefix hits."""
@@ -184,7 +184,7 @@ class GenerateRequest:
 
 
 class TokenLogprobs(NamedTuple):
-    """Natural-log probabilities at one position, of the model's raw logits (before penalties, temperature, truncation)."""
+    """Natural-log probabilities at one position, of the raw logits (before penalties, temperature, truncation)."""
 
     token_id: int
     logprob: float
@@ -229,7 +229,11 @@ def _check_float(
         return
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or not low <= value <= high or (open_low and value == low):  # type: ignore[arg-type,operator]
-        text = f"a finite number above {low:g} and at most {high:g}" if open_low else f"a finite number {_range(low, high)}"
+        text = (
+            f"a finite number above {low:g} and at most {high:g}"
+            if open_low
+            else f"a finite number {_range(low, high)}"
+        )
         raise InvalidParameterError(name, value, text)
 
 

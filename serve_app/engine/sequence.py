@@ -25,11 +25,11 @@ class Sequence:
     """One choice of one request inside an engine."""
 
     __slots__ = (
-        "arrival",
         "block_hashes",
         "block_ids",
         "deadline",
         "finish_reason",
+        "followers",
         "key",
         "leader",
         "max_output_tokens",
@@ -64,9 +64,8 @@ class Sequence:
         self.request = request
         self.key = (request.request_id, request.choice_index)
         """What names this sequence everywhere: (request_id, choice_index)."""
-        self.order = (request.priority, arrival)
-        """Sort key: lower runs first."""
-        self.arrival = arrival
+        self.order = (request.priority, arrival, request.choice_index)
+        """Sort key: lower runs first. The choices of one request arrive together."""
         self.deadline = deadline
         """Monotonic seconds by which it must have ended, or None."""
         self.stop_ids = stop_ids
@@ -91,6 +90,8 @@ class Sequence:
         """Prompt tokens found in the prefix cache at first admission."""
         self.leader: Sequence | None = None
         """The choice that computes the common prompt; set until this one takes a copy of its blocks."""
+        self.followers: list[Sequence] = []
+        """The choices whose leader this is."""
 
         self.status = SequenceStatus.WAITING
         self.slot = -1

@@ -1,4 +1,4 @@
-"""StepRecord: what one step did, as plain data, in a ring buffer. Feeds metrics, pictures and traces; knows no clock."""
+"""StepRecord: what one step did, as plain data, in a ring buffer. Feeds metrics, pictures, traces; knows no clock."""
 
 from __future__ import annotations
 

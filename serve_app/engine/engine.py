@@ -1,0 +1,194 @@
+"""Engine: schedule, run, update. Knows the Runner only by its protocol; turns a failed step into one failed request.
+
+Nothing here is thread-safe; AsyncEngine puts it on a thread of its own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from serve_app.engine.config import EngineConfig
+from serve_app.engine.request import GenerateRequest, TokenLogprobs, TokenOutput
+from serve_app.engine.scheduler import Key, Scheduler, SchedulerOutput
+from serve_app.engine.step_record import StepRecord, StepRecorder
+from serve_app.errors import RaggedServeError, StepFailedError
+
+
+class Step(Protocol):
+    """A launched step. `token_ids` waits for it; the other attributes hold once it has returned."""
+
+    def token_ids(self) -> list[int]:
+        """One id for each scheduled sequence that samples, in the order of the plan. Raises if the step failed."""
+        ...
+
+    @property
+    def logprobs(self) -> Mapping[int, TokenLogprobs]:
+        """Index into token_ids -> log-probabilities, for the sequences that asked."""
+        ...
+
+    @property
+    def prompt_logprobs(self) -> Mapping[Key, list[TokenLogprobs]]:
+        """Sequence key -> one entry per prompt position of its chunk whose next token is in the prompt."""
+        ...
+
+    @property
+    def num_padded_tokens(self) -> int: ...
+
+    @property
+    def seconds(self) -> Mapping[str, float]:
+        """Time by part, as far as the runner measures it."""
+        ...
+
+
+class Runner(Protocol):
+    """What runs a plan: the model, or a simulation of it."""
+
+    num_kv_blocks: int
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+    max_steps_in_flight: int
+    """1: a step is read before the next is planned. 2: the next one is launched first."""
+
+    def launch(self, plan: SchedulerOutput) -> Step:
+        """Starts a step. First copies plan.block_copies, in order; then everything else."""
+        ...
+
+
+class Engine:
+    """``clock`` gives monotonic seconds, for deadlines and step records."""
+
+    def __init__(self, config: EngineConfig, runner: Runner, clock: Callable[[], float] = time.monotonic) -> None:
+        self.config = config
+        self.runner = runner
+        self.clock = clock
+        self.recorder = StepRecorder()
+        self.scheduler = Scheduler(
+            config,
+            num_blocks=runner.num_kv_blocks,
+            max_model_len=runner.max_model_len,
+            vocab_size=runner.vocab_size,
+            eos_token_ids=runner.eos_token_ids,
+        )
+        self._in_flight: deque[tuple[SchedulerOutput, Step, StepRecord]] = deque()
+
+    def add(self, requests: GenerateRequest | list[GenerateRequest]) -> None:
+        """Takes the choices of one request; raises InvalidRequestError, without a trace, if it cannot be served."""
+        self.scheduler.add(requests if isinstance(requests, list) else [requests], self.clock())
+
+    def abort(self, request_id: str, choice_index: int | None = None) -> int:
+        return self.scheduler.abort(request_id, choice_index)
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work or bool(self._in_flight)
+
+    def step(self) -> list[TokenOutput]:
+        """Launches one step if there is something to run, and reads the oldest one once enough are in flight."""
+        started = self.clock()
+        plan = self.scheduler.schedule(started)
+        outputs = self.scheduler.take_ended()
+        if plan is not None:
+            record = self._record(plan, started)
+            scheduled = self.clock()
+            step = self._launch(plan)
+            record.seconds["schedule"] = scheduled - started
+            record.seconds["launch"] = self.clock() - scheduled
+            self._in_flight.append((plan, step, record))
+        if self._in_flight and (plan is None or len(self._in_flight) >= self.runner.max_steps_in_flight):
+            outputs += self._read_oldest()
+        return outputs
+
+    def _launch(self, plan: SchedulerOutput) -> Step:
+        try:
+            return self.runner.launch(plan)
+        except Exception as error:
+            return _FailedStep(error)
+
+    def _read_oldest(self) -> list[TokenOutput]:
+        plan, step, record = self._in_flight.popleft()
+        started = self.clock()
+        try:
+            token_ids = step.token_ids()
+        except Exception as error:
+            return self._run_alone(plan, error)
+        waited = self.clock()
+        outputs = self.scheduler.update(plan, token_ids, step.logprobs, step.prompt_logprobs)
+        record.num_padded_tokens = step.num_padded_tokens
+        record.seconds.update(step.seconds)
+        record.seconds["wait"] = waited - started
+        record.seconds["update"] = self.clock() - waited
+        self.recorder.append(record)
+        return outputs
+
+    def _run_alone(self, plan: SchedulerOutput, error: Exception) -> list[TokenOutput]:
+        """A step failed: each of its sequences runs by itself, and only those that fail again are refused.
+
+        A step launched behind it took its inputs from it, so that one is run again in the same way when its turn
+        comes. Writing a KV slot twice with the same value is harmless.
+        """
+        for i, (later_plan, later_step, record) in enumerate(self._in_flight):
+            later_error = _wait_and_discard(later_step)
+            self._in_flight[i] = (later_plan, _FailedStep(later_error or error), record)
+        outputs: list[TokenOutput] = []
+        for alone in plan.alone():
+            sequence = alone.scheduled[0].sequence
+            if sequence.is_finished:
+                continue
+            try:
+                step = self.runner.launch(alone)
+                token_ids = step.token_ids()
+            except Exception as again:
+                self.scheduler.fail(sequence, _as_family(again, sequence.key))
+            else:
+                outputs += self.scheduler.update(alone, token_ids, step.logprobs, step.prompt_logprobs)
+        return outputs + self.scheduler.take_ended()
+
+    def _record(self, plan: SchedulerOutput, started: float) -> StepRecord:
+        scheduler = self.scheduler
+        return StepRecord(
+            index=self.recorder.num_steps + len(self._in_flight),
+            started=started,
+            sequences=plan.sequence_steps(),
+            num_tokens=plan.num_tokens,
+            token_budget=self.config.max_num_batched_tokens,
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_blocks=scheduler.pool.num_blocks,
+            num_used_blocks=scheduler.pool.num_used_blocks,
+            num_recomputed_tokens=plan.num_recomputed_tokens,
+            num_preempted=len(plan.preempted),
+        )
+
+
+class _FailedStep:
+    """Stands in for a step that could not be launched; reading it raises what happened."""
+
+    logprobs: Mapping[int, TokenLogprobs] = {}
+    prompt_logprobs: Mapping[Key, list[TokenLogprobs]] = {}
+    num_padded_tokens = 0
+    seconds: Mapping[str, float] = {}
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def token_ids(self) -> list[int]:
+        raise self.error
+
+
+def _wait_and_discard(step: Step) -> Exception | None:
+    """Its result is void, whatever it is; but nothing may run behind our back when the retries start."""
+    try:
+        step.token_ids()
+    except Exception as error:
+        return error
+    return None
+
+
+def _as_family(error: Exception, key: Key) -> RaggedServeError:
+    if isinstance(error, RaggedServeError):
+        return error
+    return StepFailedError(f"request {key[0]!r}: the step failed with {type(error).__name__}: {error}")

@@ -1,0 +1,162 @@
+"""SimulatedRunner: a Runner with a cost model and scripted tokens. The whole service without weights or torch.
+
+It keeps a KV cache of its own, in which the entry of a position is a digest of every token up to it, read and written
+through the block tables it is given. A token depends on that digest, so a lost block, a wrong slot, a skipped token or
+a block shared with the wrong prefix changes the output, as it would with a real model; with ``verify`` it raises.
+
+Cost of a step in seconds: ``a + b * tokens + c * sum(query_len * kv_len)``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from serve_app.engine.request import TokenLogprobs
+from serve_app.engine.scheduler import Key, ScheduledSequence, SchedulerOutput
+from serve_app.engine.sequence import Sequence
+
+_MASK = (1 << 64) - 1
+_ROOT = 0x243F6A8885A308D3
+_EMPTY = 0
+"""What a slot holds before anybody writes it, and what no digest is."""
+
+Script = Callable[[Sequence, int], int]
+"""(sequence, index of the output token) -> token id."""
+
+
+class VirtualClock:
+    """Monotonic seconds that pass only when somebody computes."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class SimulatedRunner:
+    """``script`` chooses the tokens (by default a digest of the prefix does). ``sleep`` spends a step's cost."""
+
+    def __init__(
+        self,
+        *,
+        num_kv_blocks: int = 1024,
+        block_size: int = 32,
+        max_model_len: int = 4096,
+        vocab_size: int = 32000,
+        eos_token_ids: frozenset[int] = frozenset(),
+        seconds_per_step: float = 0.0,
+        seconds_per_token: float = 0.0,
+        seconds_per_pair: float = 0.0,
+        script: Script | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+        max_steps_in_flight: int = 1,
+        verify: bool = False,
+    ) -> None:
+        self.num_kv_blocks = num_kv_blocks
+        self.block_size = block_size
+        self.max_model_len = max_model_len
+        self.vocab_size = vocab_size
+        self.eos_token_ids = eos_token_ids
+        self.max_steps_in_flight = max_steps_in_flight
+        self.seconds_per_step = seconds_per_step
+        self.seconds_per_token = seconds_per_token
+        self.seconds_per_pair = seconds_per_pair
+        self.script = script
+        self.sleep = sleep
+        self.verify = verify
+        self.num_steps = 0
+        self._cache = np.full((num_kv_blocks, block_size), _EMPTY, dtype=np.uint64)
+        self._last_sampled: dict[Key, tuple[int, int]] = {}
+        """Sequence -> (position, token) of what it sampled last: on a GPU this never leaves the device."""
+
+    def cost(self, plan: SchedulerOutput) -> float:
+        """Seconds the step takes."""
+        pairs = sum(item.num_tokens * (item.start + item.num_tokens) for item in plan.scheduled)
+        return self.seconds_per_step + self.seconds_per_token * plan.num_tokens + self.seconds_per_pair * pairs
+
+    def launch(self, plan: SchedulerOutput) -> SimulatedStep:
+        self.num_steps += 1
+        for source, destination in plan.block_copies:
+            self._cache[destination] = self._cache[source]
+        token_ids = [token for item in plan.scheduled if (token := self._run(item)) is not None]
+        return SimulatedStep(token_ids, self.cost(plan), self.sleep)
+
+    def _run(self, item: ScheduledSequence) -> int | None:
+        sequence = item.sequence
+        digest = int(self._read(sequence, item.start - 1)) if item.start else _ROOT
+        if self.verify:
+            self._check_context(sequence, item.start)
+        for position in range(item.start, item.start + item.num_tokens):
+            digest = _mix(digest, self._token_at(sequence, position))
+            if position >= sequence.num_shared_tokens:
+                block_id = sequence.block_ids[position // self.block_size]
+                self._cache[block_id, position % self.block_size] = digest
+        if not item.samples:
+            return None
+        end = item.start + item.num_tokens
+        token = self._sample(sequence, end, digest)
+        self._last_sampled[sequence.key] = (end, token)
+        return token
+
+    def _sample(self, sequence: Sequence, position: int, digest: int) -> int:
+        if self.script is not None:
+            return self.script(sequence, position - sequence.num_prompt_tokens)
+        draw = _mix(digest, _mix(sequence.request.sampling.seed or 0, sequence.request.choice_index))
+        token = draw % self.vocab_size
+        if position - sequence.num_prompt_tokens < sequence.request.sampling.min_tokens:
+            while token in sequence.stop_ids:
+                token = (token + 1) % self.vocab_size
+        return token
+
+    def _token_at(self, sequence: Sequence, position: int) -> int:
+        if position < len(sequence.token_ids):
+            return sequence.token_ids[position]
+        at, token = self._last_sampled[sequence.key]
+        assert at == position, f"{sequence} needs token {position}, the device holds token {at}"
+        return token
+
+    def _read(self, sequence: Sequence, position: int) -> np.uint64:
+        value: np.uint64 = self._cache[sequence.block_ids[position // self.block_size], position % self.block_size]
+        return value
+
+    def _check_context(self, sequence: Sequence, num_tokens: int) -> None:
+        digest = _ROOT
+        for position in range(num_tokens):
+            digest = _mix(digest, self._token_at(sequence, position))
+            found = int(self._read(sequence, position))
+            assert found == digest, f"{sequence}: the KV entry of position {position} is not its own ({found:#x})"
+
+
+class SimulatedStep:
+    """Reading it spends the step's cost, once."""
+
+    logprobs: Mapping[int, TokenLogprobs] = {}
+    prompt_logprobs: Mapping[Key, list[TokenLogprobs]] = {}
+    num_padded_tokens = 0
+
+    def __init__(self, token_ids: list[int], cost: float, sleep: Callable[[float], None]) -> None:
+        self._token_ids = token_ids
+        self._cost = cost
+        self._sleep = sleep
+        self.seconds = {"model": cost}
+
+    def token_ids(self) -> list[int]:
+        if self._cost > 0.0:
+            self._sleep(self._cost)
+            self._cost = 0.0
+        return self._token_ids
+
+
+def _mix(state: int, value: int) -> int:
+    """SplitMix64's finalizer (Steele et al., OOPSLA 2014) over both arguments; never _EMPTY."""
+    z = (state + 0x9E3779B97F4A7C15 * (value + 1)) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return (z ^ (z >> 31)) | 1
