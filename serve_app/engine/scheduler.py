@@ -85,7 +85,7 @@ class SchedulerOutput:
 
 
 class Scheduler:
-    """``num_tokens`` tokens of ``sequence`` from ``start`` on. ``samples``: the last known one is among them."""
+    """``vocab_size``, ``max_model_len`` and ``eos_token_ids`` are the model's; ``num_blocks`` is the pool's size."""
 
     def __init__(
         self,
