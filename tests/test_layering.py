@@ -71,7 +71,7 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("text/chat_template.py", TEXT),
     ("text/detokenizer.py", TEXT),
     ("text/stop_strings.py", TEXT),
-    ("text/output.py", TEXT),
+    ("text/text_stream.py", TEXT),
     # the device side, and the engine used from Python
     ("kernels/metadata.py", DEVICE),
     ("kernels/reference.py", DEVICE),
