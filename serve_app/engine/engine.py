@@ -59,14 +59,20 @@ class Runner(Protocol):
 
 
 class Engine:
-    """``clock`` gives monotonic seconds, for deadlines and step records."""
+    """``clock`` gives monotonic seconds, for deadlines and step records. ``scheduler``: another policy (baselines)."""
 
-    def __init__(self, config: EngineConfig, runner: Runner, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        runner: Runner,
+        clock: Callable[[], float] = time.monotonic,
+        scheduler: Scheduler | None = None,
+    ) -> None:
         self.config = config
         self.runner = runner
         self.clock = clock
         self.recorder = StepRecorder()
-        self.scheduler = Scheduler(
+        self.scheduler = scheduler or Scheduler(
             config,
             num_blocks=runner.num_kv_blocks,
             max_model_len=runner.max_model_len,
