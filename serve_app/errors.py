@@ -1,20 +1,20 @@
 """The exception family. Knows the HTTP status and OpenAI error code of every failure; knows nothing of HTTP itself.
 
-    RaggedServeError                  500 internal_error
-    |- InvalidRequestError            400 invalid_request          the caller's mistake, the server goes on
-    |  |- InvalidParameterError       400 invalid_parameter        one field is out of its range
-    |  |- InvalidPromptError          400 invalid_prompt           empty, or a token id outside the vocabulary
-    |  |- ContextLengthError          400 context_length_exceeded  longer than the model's context
-    |  `- RequestTooLargeError        400 request_too_large        could never fit this replica's KV cache
-    |- DeadlineExceededError          504 deadline_exceeded
-    |- StepFailedError                500 step_failed              the model could not compute this request
-    |- EngineUnavailableError         503 engine_unavailable       stopping, draining or dead
-    `- StartupError                   500 startup_failed           the server must not start
-       |- ConfigurationError              configuration_error      an option, or a combination, is wrong
-       |- ModelNotFoundError              model_not_found          no such directory, or nothing in it
-       |- UnsupportedModelError           model_unsupported        architecture, rope scaling, quantisation
-       |- WeightsError                    weights_invalid          truncated, missing, unexpected or mis-shaped
-       `- DeterminismError                determinism_unavailable  asked for by name, and this machine failed the proof
+RaggedServeError                  500 internal_error
+|- InvalidRequestError            400 invalid_request          the caller's mistake, the server goes on
+|  |- InvalidParameterError       400 invalid_parameter        one field is out of its range
+|  |- InvalidPromptError          400 invalid_prompt           empty, or a token id outside the vocabulary
+|  |- ContextLengthError          400 context_length_exceeded  longer than the model's context
+|  `- RequestTooLargeError        400 request_too_large        could never fit this replica's KV cache
+|- DeadlineExceededError          504 deadline_exceeded
+|- StepFailedError                500 step_failed              the model could not compute this request
+|- EngineUnavailableError         503 engine_unavailable       stopping, draining or dead
+`- StartupError                   500 startup_failed           the server must not start
+   |- ConfigurationError              configuration_error      an option, or a combination, is wrong
+   |- ModelNotFoundError              model_not_found          no such directory, or nothing in it
+   |- UnsupportedModelError           model_unsupported        architecture, rope scaling, quantisation
+   |- WeightsError                    weights_invalid          truncated, missing, unexpected or mis-shaped
+   `- DeterminismError                determinism_unavailable  asked for by name, and this machine failed the proof
 """
 
 from __future__ import annotations

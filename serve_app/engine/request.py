@@ -150,7 +150,7 @@ class SamplingParams:
         defaults = {name: neutral[name] if value is None else value for name, value in defaults.items()}
         penalty = given.get("repetition_penalty")
         defaults["repetition_penalty"] = 1.0 if penalty is None else penalty
-        missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        missing: dict[str, Any] = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **missing) if missing else self
 
 

@@ -1,0 +1,63 @@
+"""The operations a model is written in, one signature for every implementation. Chosen once, by device.
+
+select("cpu")         kernels/cpu.py, numba on torch's threads
+select("reference")   kernels/reference.py, the oracle: slow, for tests
+select("cuda")        Triton; not built yet
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Protocol, cast
+
+import torch
+
+from serve_app.errors import ConfigurationError
+from serve_app.kernels.metadata import AttentionMetadata
+
+_MODULES = {"cpu": "serve_app.kernels.cpu", "reference": "serve_app.kernels.reference"}
+
+
+class Ops(Protocol):
+    """See kernels/reference.py for what each computes, with an example."""
+
+    def ragged_attention(
+        self,
+        q_NHD: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+        *,
+        scale: float,
+        sliding_window: int = 0,
+        soft_cap: float = 0.0,
+    ) -> torch.Tensor: ...
+
+    def qk_norm_rope_write(
+        self,
+        qkv: torch.Tensor,
+        table: torch.Tensor,
+        positions: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        *,
+        q_norm: torch.Tensor | None = None,
+        k_norm: torch.Tensor | None = None,
+        eps: float = 0.0,
+    ) -> torch.Tensor: ...
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor: ...
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor: ...
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor: ...
+
+
+def select(name: str) -> Ops:
+    """The implementation for a device type. Raises ConfigurationError naming the ones there are."""
+    if name not in _MODULES:
+        raise ConfigurationError(f"device is {name!r}; there are kernels for {', '.join(_MODULES)}")
+    return cast(Ops, importlib.import_module(_MODULES[name]))

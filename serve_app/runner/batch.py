@@ -1,0 +1,125 @@
+"""build_batch: a plan -> the tensors of one ragged step. The one place where that happens; computes nothing else.
+
+    scheduled      A: 3 tokens of a prompt     B: its next token     C: 2 tokens
+    input_ids    [ a4 a5 a6                  | b9                  | c0 c1 ]           int64  [N]
+    positions    [ 4  5  6                   | 9                   | 0  1  ]           int32  [N]
+    cu_seqlens_q   0                           3                     4       6         int32  [B+1]
+    logits_indices        2                    3                                       int64  [S], rows that sample
+
+Rows whose logits are wanted for prompt_logprobs stand behind the rows that sample.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from serve_app.engine.scheduler import Key, SchedulerOutput
+from serve_app.engine.sequence import Sequence
+from serve_app.kernels.metadata import AttentionMetadata
+
+
+class PromptRows(NamedTuple):
+    """Rows of one chunk whose next token stands in the prompt: logits [start, start + len) score ``token_ids``."""
+
+    key: Key
+    start: int
+    token_ids: list[int]
+    num_top: int
+
+
+class Batch(NamedTuple):
+    """One ragged step, on the CPU."""
+
+    input_ids: torch.Tensor
+    metadata: AttentionMetadata
+    logits_indices: torch.Tensor
+    sampling: list[Sequence]
+    """The sequences that sample; row i of the logits belongs to sampling[i]."""
+    prompt_rows: list[PromptRows]
+
+
+class BatchBuilder:
+    """Keeps every running sequence's block table in a row of one array, so that a step copies only what is new."""
+
+    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
+        self.block_size = block_size
+        self._tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
+        self._known: list[list[int] | None] = [None] * max_num_seqs
+        """The very list whose blocks stand in each row; admission makes a new one."""
+        self._num_known = [0] * max_num_seqs
+
+    def build(self, plan: SchedulerOutput) -> Batch:
+        """Raises nothing of its own: what the scheduler planned fits."""
+        num_seqs = len(plan.scheduled)
+        input_ids: list[int] = []
+        slots: list[int] = []
+        starts: list[int] = []
+        lens: list[int] = []
+        shared: list[int] = []
+        sampling: list[Sequence] = []
+        logits_rows: list[int] = []
+        prompt_rows: list[PromptRows] = []
+        for item in plan.scheduled:
+            sequence, start, num = item.sequence, item.start, item.num_tokens
+            slot = sequence.slot
+            block_ids = sequence.block_ids
+            if self._known[slot] is not block_ids or self._num_known[slot] != len(block_ids):
+                self._learn(slot, block_ids)
+            if num == 1:
+                input_ids.append(sequence.token_ids[start])
+            else:
+                input_ids += sequence.token_ids[start : start + num]
+            slots.append(slot)
+            starts.append(start)
+            lens.append(num)
+            shared.append(sequence.num_shared_tokens)
+            if item.samples:
+                sampling.append(sequence)
+                logits_rows.append(len(input_ids) - 1)
+        for item, end in zip(plan.scheduled, np.cumsum(lens).tolist(), strict=True):
+            num_top = item.sequence.request.sampling.prompt_logprobs
+            if num_top is not None and item.start < item.sequence.num_prompt_tokens:
+                first = end - item.num_tokens
+                num = min(item.num_tokens, item.sequence.num_prompt_tokens - 1 - item.start)
+                targets = item.sequence.token_ids[item.start + 1 : item.start + 1 + num]
+                prompt_rows.append(PromptRows(item.sequence.key, len(logits_rows), targets, num_top))
+                logits_rows += range(first, first + num)
+
+        num_tokens = len(input_ids)
+        cu_seqlens = np.zeros(num_seqs + 1, dtype=np.int32)
+        lens_B = np.array(lens, dtype=np.int32)
+        starts_B = np.array(starts, dtype=np.int32)
+        np.cumsum(lens_B, out=cu_seqlens[1:])
+        seq_lens = starts_B + lens_B
+        max_seq_len = int(seq_lens.max())
+        tables = self._tables[slots, : -(-max_seq_len // self.block_size)]
+        if num_tokens == num_seqs:
+            positions, row_B = starts_B, np.arange(num_seqs)
+        else:
+            row_B = np.repeat(np.arange(num_seqs), lens_B)
+            positions = np.arange(num_tokens, dtype=np.int32) + (starts_B - cu_seqlens[:-1])[row_B]
+        slot_mapping = tables[row_B, positions // self.block_size] * self.block_size + positions % self.block_size
+        shared_B = np.array(shared, dtype=np.int32)
+        if (starts_B < shared_B).any():
+            slot_mapping = np.where(positions < shared_B[row_B], np.int32(-1), slot_mapping)
+        metadata = AttentionMetadata(
+            cu_seqlens_q=torch.from_numpy(cu_seqlens),
+            seq_lens=torch.from_numpy(seq_lens),
+            block_tables=torch.from_numpy(tables),
+            slot_mapping=torch.from_numpy(slot_mapping),
+            positions=torch.from_numpy(positions),
+            max_query_len=max(lens),
+            max_seq_len=max_seq_len,
+        )
+        return Batch(
+            torch.tensor(input_ids), metadata, torch.tensor(logits_rows, dtype=torch.int64), sampling, prompt_rows
+        )
+
+    def _learn(self, slot: int, block_ids: list[int]) -> None:
+        known = self._num_known[slot] if self._known[slot] is block_ids else 0
+        self._tables[slot, known : len(block_ids)] = block_ids[known:]
+        self._known[slot] = block_ids
+        self._num_known[slot] = len(block_ids)

@@ -1,0 +1,206 @@
+"""Deterministic mode: what it sets, the proof at start-up, the numerics fingerprint. Knows bits; knows no sequences.
+
+The kernels of kernels/cpu.py give a row the same bits in any company by construction. The products are a library's, and
+whether a row's bits depend on how many rows run with it depends on the processor. So it is proved, on the model's own
+shapes and element type: first for any number of rows, then for tiles of fixed sizes.
+
+A proof over some row counts is evidence, not a theorem: it covers the counts where the library was seen to switch
+kernels (powers of two, their neighbours, and odd ones between).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from serve_app.errors import DeterminismError
+from serve_app.kernels.linear import ANY, Linear
+from serve_app.kernels.metadata import AttentionMetadata
+from serve_app.kernels.ops import Ops
+
+TILE_SIZES = (16, 32, 64, 128, 256)
+ROW_COUNTS = (2, 3, 7, 16, 17, 33, 64, 100, 128, 5, 31, 48, 65, 200, 256, 8, 127, 300, 384, 511)
+"""The probed numbers of rows, most telling first."""
+PROBE_FLOPS = 3e10
+"""Work spent on one shape's row counts; a larger layer is probed at fewer of them, but always at the first five."""
+ALWAYS_PROBED = 5
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How products may run so that bits do not depend on the batch."""
+
+    row_tiles: dict[tuple[int, int, bool, torch.dtype], tuple[int, ...]]
+    """By Linear.shape_key."""
+    failures: tuple[str, ...]
+    """What could not be proved, in words. Empty: deterministic mode holds."""
+
+    @property
+    def uses_fixed_tiles(self) -> bool:
+        return any(tiles[-1] != ANY for tiles in self.row_tiles.values())
+
+
+def has_amx() -> bool:
+    """True if bfloat16 products run on matrix tiles (AMX), where they are several times faster than float32."""
+    try:
+        return bool(torch.cpu._is_amx_tile_supported())
+    except AttributeError:
+        return False
+
+
+def prove(
+    linears: Iterable[Linear],
+    ops: Ops,
+    max_rows: int,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    block_size: int,
+) -> Proof:
+    """Probes one layer of each shape, and attention. Changes nothing; see `apply`."""
+    row_tiles: dict[tuple[int, int, bool, torch.dtype], tuple[int, ...]] = {}
+    failures = []
+    for linear in linears:
+        key = linear.shape_key
+        if key in row_tiles:
+            continue
+        tiles = provable_tiles(linear, max_rows)
+        if tiles is None:
+            failures.append(f"products of shape {key[1]} x {key[0]} in {str(key[3]).removeprefix('torch.')}")
+        else:
+            row_tiles[key] = tiles
+    if not _attention_is_invariant(ops, num_heads, num_kv_heads, head_dim, dtype, block_size):
+        failures.append("attention")
+    return Proof(row_tiles, tuple(failures))
+
+
+def apply(proof: Proof, linears: Iterable[Linear]) -> None:
+    """Restricts every layer to the row counts proved for its shape. Raises DeterminismError if something failed."""
+    if proof.failures:
+        raise DeterminismError(
+            f"deterministic mode cannot be had on this machine: bits depend on the batch in {'; '.join(proof.failures)}."
+            " Use deterministic=False, or another dtype"
+        )
+    for linear in linears:
+        linear.row_tiles = proof.row_tiles[linear.shape_key]
+
+
+def provable_tiles(linear: Linear, max_rows: int) -> tuple[int, ...] | None:
+    """Row counts that give every row the same bits: (2, ANY) if all seem to, a set of TILE_SIZES, or None."""
+    max_rows = max(max_rows, TILE_SIZES[0])
+    x = _probe_rows(linear, max(max_rows, TILE_SIZES[-1]) + 32)
+    if _any_count_agrees(linear, x, max_rows):
+        return (2, ANY)
+    groups: list[tuple[torch.Tensor, list[int]]] = []
+    for tile in TILE_SIZES:
+        y = _in_tiles(linear, x[: TILE_SIZES[-1]], tile)
+        # The same rows at other places of the tile, in other company.
+        shifted = _in_tiles(linear, x[5 : 5 + TILE_SIZES[-1]], tile)
+        if not torch.equal(y[5:], shifted[:-5]):
+            continue
+        for result, sizes in groups:
+            if torch.equal(result, y):
+                sizes.append(tile)
+                break
+        else:
+            groups.append((y, [tile]))
+    if not groups:
+        return None
+    best = max((sizes for _, sizes in groups), key=lambda sizes: (len(sizes), -sizes[0]))
+    return tuple(best)
+
+
+def _any_count_agrees(linear: Linear, x: torch.Tensor, max_rows: int) -> bool:
+    whole = linear.run(x[:max_rows])
+    flops = 0.0
+    for i, count in enumerate(ROW_COUNTS):
+        offset = 17 if i % 2 else 0
+        if count + offset > max_rows:
+            continue
+        if not torch.equal(linear.run(x[offset : offset + count]), whole[offset : offset + count]):
+            return False
+        flops += 2.0 * count * linear.in_features * linear.out_features
+        if flops > PROBE_FLOPS and i + 1 >= ALWAYS_PROBED:
+            break
+    return True
+
+
+def _in_tiles(linear: Linear, x: torch.Tensor, tile: int) -> torch.Tensor:
+    return torch.cat([linear.run(x[start : start + tile]) for start in range(0, x.shape[0], tile)])
+
+
+def _probe_rows(linear: Linear, num_rows: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(num_rows)
+    return torch.randn(num_rows, linear.in_features, generator=generator).to(linear.dtype)
+
+
+def _attention_is_invariant(
+    ops: Ops, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, block_size: int
+) -> bool:
+    """One sequence of 300 tokens whole, in chunks of 7, and as its last row beside another sequence."""
+    length = 300
+    generator = torch.Generator().manual_seed(0)
+    num_blocks = -(-length // block_size)
+    k = torch.randn(num_blocks, num_kv_heads, head_dim, block_size, generator=generator).to(dtype).permute(0, 3, 1, 2)
+    v = torch.randn(num_blocks, num_kv_heads, block_size, head_dim, generator=generator).to(dtype).permute(0, 2, 1, 3)
+    q = torch.randn(length, num_heads, head_dim, generator=generator).to(dtype)
+
+    def run(spans: list[tuple[int, int]]) -> torch.Tensor:
+        lens = torch.tensor([end - start for start, end in spans], dtype=torch.int32)
+        positions = torch.cat([torch.arange(start, end, dtype=torch.int32) for start, end in spans])
+        metadata = AttentionMetadata(
+            cu_seqlens_q=torch.cat((torch.zeros(1, dtype=torch.int32), lens.cumsum(0, dtype=torch.int32))),
+            seq_lens=torch.tensor([end for _, end in spans], dtype=torch.int32),
+            block_tables=torch.arange(num_blocks, dtype=torch.int32).repeat(len(spans), 1),
+            slot_mapping=torch.full_like(positions, -1),
+            positions=positions,
+            max_query_len=int(lens.max()),
+            max_seq_len=max(end for _, end in spans),
+        )
+        return ops.ragged_attention(q[positions.long()], k, v, metadata, scale=head_dim**-0.5)
+
+    whole = run([(0, length)])
+    chunked = torch.cat([run([(start, min(start + 7, length))]) for start in range(0, length, 7)])
+    decodes = run([(length - 1, length), (99, 100), (0, 1)])
+    return torch.equal(whole, chunked) and torch.equal(decodes, whole[[length - 1, 99, 0]])
+
+
+def fingerprint(parts: dict[str, object]) -> str:
+    """Engines with equal fingerprints promise equal bits in deterministic mode. ``parts``: whatever decides them."""
+    machine = {
+        "processor": _processor_name(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "amx": has_amx(),
+        "torch": torch.__version__,
+        "numba": _version("numba"),
+        "llvmlite": _version("llvmlite"),
+        "threads": torch.get_num_threads(),
+    }
+    text = json.dumps({**machine, **parts}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    wanted = ("model name", "cpu family", "model\t", "stepping", "flags")
+    return hashlib.sha256("\n".join(sorted({x for x in lines if x.startswith(wanted)})).encode()).hexdigest()
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
