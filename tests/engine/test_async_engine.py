@@ -376,8 +376,26 @@ def test_requests_of_a_closed_loop_are_dropped_and_the_others_go_on(started: Sta
     assert engine.drain()
     assert [output.finish_reason for output in survivors] == [None, None, None, FinishReason.LENGTH]
     assert engine.engine.scheduler.pool.num_used_blocks == 0
+    assert engine.num_steps == 4, "the orphan was aborted, not run to its end"
     assert engine.is_alive
     assert stream.request_id == "orphan"  # it lived until here: nobody's __del__ did the work
+
+
+def test_a_loop_that_closes_before_its_request_is_accepted_is_dropped_too(started: Started) -> None:
+    gate = Gate()
+    engine = started(make_engine(gate=gate), gate)
+    engine.submit_to(make_request("held"), lambda outputs: None)
+    gate.wait_until_in_step()
+    loop = asyncio.new_event_loop()
+    submit = engine.submit(make_request("orphan", max_tokens=FOREVER))
+    loop.call_soon(submit.send, None)  # as a task would, up to its wait for the engine; and then nobody comes back
+    loop.call_soon(loop.stop)
+    loop.run_forever()
+    loop.close()
+    gate.open()
+    assert engine.drain()
+    assert {s.request_id for record in engine.engine.recorder.records for s in record.sequences} == {"held"}
+    submit.close()
 
 
 class Culprit(SimulatedRunner):
