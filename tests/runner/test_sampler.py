@@ -69,7 +69,7 @@ def distribution(logits: list[float], sequence: Sequence, allowed: Iterable[int]
     weights = {token: math.exp((left[token] - left[ranked[0]]) / sampling.temperature) for token in ranked}
     weights = {token: weight for token, weight in weights.items() if weight >= sampling.min_p}
     if sampling.top_k > 0:
-        weights = dict(itertools.islice(weights.items(), sampling.top_k))
+        weights = dict(itertools.islice(weights.items(), min(sampling.top_k, len(weights))))
     reached, total, kept = 0.0, sum(weights.values()), {}
     for token, weight in weights.items():
         if sampling.top_p < 1 and reached >= sampling.top_p * total:
