@@ -50,13 +50,19 @@ from serve_app.kernels.simd import (
 MAX_ROWS = 32
 """Query rows (tokens x heads of a group) of one attention work item."""
 ROW_TILE = 4
+TALL_TILE = 8
+"""Rows of one product in registers; which of them a row runs in does not change its bits."""
 KEY_CHUNK = 256
 """Keys whose scores are held at once; chunks start at multiples of it, whatever the query. A multiple of block_size."""
+AHEAD = 2
+"""Blocks between the one in use and the one being prefetched."""
 ROWS_PER_ITEM = 8
 """Rows of one work item of the small ops."""
 
 _SIGNATURE = types.void(types.intp)
 _EXACT = {"contract"}
+# numpy's error model: 1 / 0 is inf. Python's would end the kernel there, with the work items of other sequences undone.
+_OPTIONS: dict[str, Any] = {"cache": True, "fastmath": _EXACT, "error_model": "numpy"}
 
 
 class _Kernels(NamedTuple):
@@ -66,7 +72,7 @@ class _Kernels(NamedTuple):
     silu_mul: Any
 
 
-@njit(cache=True, fastmath=_EXACT)  # type: ignore[untyped-decorator]
+@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
 def _find_sequence(tile_starts: int, num_seqs: int, tile: int) -> int:
     """The sequence whose tiles [tile_starts[b], tile_starts[b+1]) hold ``tile``."""
     low, high = 0, num_seqs
@@ -79,12 +85,12 @@ def _find_sequence(tile_starts: int, num_seqs: int, tile: int) -> int:
     return low
 
 
-@njit(cache=True, fastmath=_EXACT)  # type: ignore[untyped-decorator]
+@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
 def _inverse_rms(square_sum: float, width: int, eps: float) -> float:
     return np.float32(1.0) / np.float32(math.sqrt(square_sum / np.float32(width) + eps))  # type: ignore[return-value]
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _tanh_in_place(scores: int, num: int, cap: float) -> None:
     for j in range(num):
         x = load(scores, j, 0)
@@ -98,7 +104,7 @@ def _kernels(cache_dtype: int, activation_dtype: int) -> _Kernels:
     act = activation_dtype
     act_bytes = 4 if activation_dtype == 0 else 2
 
-    @cfunc(_SIGNATURE, cache=True, fastmath=_EXACT)
+    @cfunc(_SIGNATURE, **_OPTIONS)
     def attention(arguments: int) -> None:
         num_items = load_i64(arguments, 2)
         thread = atomic_next(arguments + 8)
@@ -168,22 +174,27 @@ def _kernels(cache_dtype: int, activation_dtype: int) -> _Kernels:
                         continue
                     block = load_i32(tables, b * table_stride + chunk // block_size + i)
                     k_block = k_cache + (block * kv_heads + head) * block_bytes
-                    for r in range(0, padded_rows, ROW_TILE):
+                    if i + AHEAD < num_blocks:
+                        later = load_i32(tables, b * table_stride + chunk // block_size + i + AHEAD)
+                        ahead = k_cache + (later * kv_heads + head) * block_bytes - k_block
+                    else:
+                        first_v = min(i + AHEAD - num_blocks, num_blocks - 1)
+                        later = load_i32(tables, b * table_stride + chunk // block_size + first_v)
+                        ahead = v_cache + (later * kv_heads + head) * block_bytes - k_block
+                    r = 0
+                    while r < padded_rows:
+                        tall = padded_rows - r >= TALL_TILE
                         q_tile = q + 4 * r * dim
-                        s_tile = scores + 4 * (r * KEY_CHUNK + i * block_size)
-                        j = 0
-                        while block_size - j >= 4 * LANES:
+                        for j in range(0, block_size, 2 * LANES):
                             k_ = k_block + j * item_bytes
-                            gemm_tile(q_tile, dim, k_, block_size, s_tile + 4 * j, KEY_CHUNK, dim, ROW_TILE, 4, kv, 0)
-                            j += 4 * LANES
-                        while block_size - j >= 2 * LANES:
-                            k_ = k_block + j * item_bytes
-                            gemm_tile(q_tile, dim, k_, block_size, s_tile + 4 * j, KEY_CHUNK, dim, ROW_TILE, 2, kv, 0)
-                            j += 2 * LANES
-                        while j < block_size:
-                            k_ = k_block + j * item_bytes
-                            gemm_tile(q_tile, dim, k_, block_size, s_tile + 4 * j, KEY_CHUNK, dim, ROW_TILE, 1, kv, 0)
-                            j += LANES
+                            s_ = scores + 4 * (r * KEY_CHUNK + i * block_size + j)
+                            if block_size - j < 2 * LANES:
+                                gemm_tile(q_tile, dim, k_, block_size, s_, KEY_CHUNK, dim, ahead, ROW_TILE, 1, kv, 0)
+                            elif tall:
+                                gemm_tile(q_tile, dim, k_, block_size, s_, KEY_CHUNK, dim, ahead, TALL_TILE, 2, kv, 0)
+                            else:
+                                gemm_tile(q_tile, dim, k_, block_size, s_, KEY_CHUNK, dim, ahead, ROW_TILE, 2, kv, 0)
+                        r += TALL_TILE if tall and block_size >= 2 * LANES else ROW_TILE
 
                 num_vectors = (keys + LANES - 1) // LANES
                 for r in range(rows):
@@ -220,6 +231,10 @@ def _kernels(cache_dtype: int, activation_dtype: int) -> _Kernels:
                         continue
                     block = load_i32(tables, b * table_stride + chunk // block_size + i)
                     v_block = v_cache + (block * kv_heads + head) * block_bytes
+                    ahead = 0
+                    if i + AHEAD < num_blocks:
+                        later = load_i32(tables, b * table_stride + chunk // block_size + i + AHEAD)
+                        ahead = v_cache + (later * kv_heads + head) * block_bytes - v_block
                     # Slots behind the last key may hold anything: they are not read.
                     depth = min(block_size, keys - i * block_size)
                     for r in range(0, padded_rows, ROW_TILE):
@@ -228,15 +243,15 @@ def _kernels(cache_dtype: int, activation_dtype: int) -> _Kernels:
                         d = 0
                         while dim - d >= 4 * LANES:
                             v_ = v_block + d * item_bytes
-                            gemm_tile(p_tile, KEY_CHUNK, v_, dim, o_tile + 4 * d, dim, depth, ROW_TILE, 4, kv, 1)
+                            gemm_tile(p_tile, KEY_CHUNK, v_, dim, o_tile + 4 * d, dim, depth, ahead, ROW_TILE, 4, kv, 1)
                             d += 4 * LANES
                         while dim - d >= 2 * LANES:
                             v_ = v_block + d * item_bytes
-                            gemm_tile(p_tile, KEY_CHUNK, v_, dim, o_tile + 4 * d, dim, depth, ROW_TILE, 2, kv, 1)
+                            gemm_tile(p_tile, KEY_CHUNK, v_, dim, o_tile + 4 * d, dim, depth, ahead, ROW_TILE, 2, kv, 1)
                             d += 2 * LANES
                         while d < dim:
                             v_ = v_block + d * item_bytes
-                            gemm_tile(p_tile, KEY_CHUNK, v_, dim, o_tile + 4 * d, dim, depth, ROW_TILE, 1, kv, 1)
+                            gemm_tile(p_tile, KEY_CHUNK, v_, dim, o_tile + 4 * d, dim, depth, ahead, ROW_TILE, 1, kv, 1)
                             d += LANES
                 chunk += KEY_CHUNK
 
@@ -246,7 +261,7 @@ def _kernels(cache_dtype: int, activation_dtype: int) -> _Kernels:
                 for d in range(dim):
                     store(load(acc, r * dim + d, 0) * factor, out, target + d, act)
 
-    @cfunc(_SIGNATURE, cache=True, fastmath=_EXACT)
+    @cfunc(_SIGNATURE, **_OPTIONS)
     def rms_norm(arguments: int) -> None:
         num_items = load_i64(arguments, 2)
         x = load_i64(arguments, FIRST)
@@ -269,7 +284,7 @@ def _kernels(cache_dtype: int, activation_dtype: int) -> _Kernels:
                 factor = _inverse_rms(vector_square_sum(source, width // LANES, act), width, eps)
                 vector_norm(source, weight, out + row * width * act_bytes, width // LANES, factor, act)
 
-    @cfunc(_SIGNATURE, cache=True, fastmath=_EXACT)
+    @cfunc(_SIGNATURE, **_OPTIONS)
     def qk_norm_rope_write(arguments: int) -> None:
         num_items = load_i64(arguments, 2)
         qkv = load_i64(arguments, FIRST)  # [N, (H + 2K) D]; q and k are normed in place
@@ -327,7 +342,7 @@ def _kernels(cache_dtype: int, activation_dtype: int) -> _Kernels:
                         for i in range(dim):
                             store(load(x, i, act), v_cache, target + i, kv)
 
-    @cfunc(_SIGNATURE, cache=True, fastmath=_EXACT)
+    @cfunc(_SIGNATURE, **_OPTIONS)
     def silu_mul(arguments: int) -> None:
         num_items = load_i64(arguments, 2)
         gate_up = load_i64(arguments, FIRST)
@@ -374,9 +389,7 @@ def ragged_attention(
     group = heads // kv_heads
     tile_tokens = max(1, MAX_ROWS // group)
     _check_layout(q_NHD, k_cache, v_cache)
-    query_lens = metadata.cu_seqlens_q.diff()
-    tile_starts = torch.zeros(metadata.num_seqs + 1, dtype=torch.int32)
-    torch.cumsum((query_lens + (tile_tokens - 1)) // tile_tokens, 0, dtype=torch.int32, out=tile_starts[1:])
+    tile_starts = _tile_starts(metadata, tile_tokens)
     out = torch.empty_like(q_NHD)
     scratch, stride = _scratch(dim, torch.get_num_threads())
     kernels = _kernels(_code(k_cache), _code(q_NHD))
@@ -405,6 +418,17 @@ def ragged_attention(
         stride,
     )
     return out
+
+
+def _tile_starts(metadata: AttentionMetadata, tile_tokens: int) -> torch.Tensor:
+    """int32 [B+1]: tiles of ``tile_tokens`` rows that the sequences before b have; the last entry counts all."""
+    starts = metadata.work_lists.get(tile_tokens)
+    if starts is None:
+        num_tiles = (metadata.cu_seqlens_q.diff() + (tile_tokens - 1)) // tile_tokens
+        starts = torch.zeros(metadata.num_seqs + 1, dtype=torch.int32)
+        torch.cumsum(num_tiles, 0, dtype=torch.int32, out=starts[1:])
+        metadata.work_lists[tile_tokens] = starts
+    return starts
 
 
 def rms_norm(x_NE: torch.Tensor, weight_E: torch.Tensor, eps: float) -> torch.Tensor:

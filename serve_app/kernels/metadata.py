@@ -11,7 +11,7 @@ Row i of sequence b stands at position seq_lens[b] - (cu_seqlens_q[b+1] - i) and
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -37,6 +37,9 @@ class AttentionMetadata:
 
     max_query_len: int
     max_seq_len: int
+
+    work_lists: dict[int, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
+    """What a kernel planned for this step, by its tile size: made by the first layer, used by all."""
 
     @property
     def num_tokens(self) -> int:

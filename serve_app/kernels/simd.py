@@ -28,6 +28,13 @@ _VEC = ir.VectorType(_F32, LANES)
 _IVEC = ir.VectorType(_I32, LANES)
 
 
+def _prefetch(builder: Any, pointer: Any) -> None:
+    """For reading, into every cache level."""
+    arguments = [builder.bitcast(pointer, ir.IntType(8).as_pointer())] + [ir.Constant(_I32, x) for x in (0, 3, 1)]
+    function_type = ir.FunctionType(ir.VoidType(), [x.type for x in arguments])
+    builder.call(cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0"), arguments)
+
+
 def _splat_const(value: float) -> ir.Constant:
     return ir.Constant(_VEC, [ir.Constant(_F32, value)] * LANES)
 
@@ -103,21 +110,24 @@ def _literals(*arguments: Any) -> tuple[int, ...] | None:
 
 
 @intrinsic(prefer_literal=True)
-def gemm_tile(typingctx, a, lda, b, ldb, c, ldc, depth, rows, vectors, b_dtype, accumulate):  # type: ignore[no-untyped-def]
+def gemm_tile(typingctx, a, lda, b, ldb, c, ldc, depth, ahead, rows, vectors, b_dtype, accumulate):  # type: ignore[no-untyped-def]
     """C[rows, 16 * vectors] (+)= A[rows, depth] @ B[depth, 16 * vectors]; A, C float32, B of ``b_dtype``.
 
     Addresses a, b, c and leading dimensions (in elements) are int64; ``rows``, ``vectors``, ``b_dtype`` and
     ``accumulate`` are literals. Each element of C is one chain of fused multiply-adds over depth = 0, 1, 2, ...,
     starting from 0 or from C, whatever the tile: rows * vectors chains run side by side in registers.
+
+    While it works on a row of B it prefetches what lies ``ahead`` bytes further on: the block that comes next, which
+    no hardware prefetcher can guess from a block table.
     """
     constants = _literals(rows, vectors, b_dtype, accumulate)
     if constants is None:
         return None
     num_rows, num_vectors, dtype, adds = constants
-    signature = types.void(*([types.int64] * 7), rows, vectors, b_dtype, accumulate)
+    signature = types.void(*([types.int64] * 8), rows, vectors, b_dtype, accumulate)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        a_, lda_, b_, ldb_, c_, ldc_, depth_ = args[:7]
+        a_, lda_, b_, ldb_, c_, ldc_, depth_, ahead_ = args[:8]
         cell = [(r, v) for r in range(num_rows) for v in range(num_vectors)]
         c_index = {
             (r, v): builder.add(builder.mul(ldc_, ir.Constant(_I64, r)), ir.Constant(_I64, v * LANES)) for r, v in cell
@@ -137,6 +147,10 @@ def gemm_tile(typingctx, a, lda, b, ldb, c, ldc, depth, rows, vectors, b_dtype, 
         b_vec = [
             _load_vec(builder, b_, builder.add(b_row, ir.Constant(_I64, v * LANES)), dtype) for v in range(num_vectors)
         ]
+        element = _F32 if dtype == 0 else ir.IntType(16)
+        for v in range(0, num_vectors, 1 if dtype == 0 else 2):  # one cache line of 64 bytes each
+            index = builder.add(b_row, ir.Constant(_I64, v * LANES))
+            _prefetch(builder, _pointer(builder, builder.add(b_, ahead_), element, index))
         new = []
         for r in range(num_rows):
             index = builder.add(builder.mul(lda_, ir.Constant(_I64, r)), k)
@@ -190,7 +204,8 @@ def vector_max(typingctx, address, num_vectors):  # type: ignore[no-untyped-def]
         address_, num_ = args
 
         def body(index: Any, best: Any) -> Any:
-            return _call(builder, "llvm.maxnum.v16f32", _VEC, best, _load_vec(builder, address_, index, 0))
+            value = _load_vec(builder, address_, index, 0)
+            return builder.select(builder.fcmp_ordered(">", value, best), value, best)
 
         best = _loop_over_vectors(builder, num_, _splat_const(float("-inf")), body)
         return _call(builder, "llvm.vector.reduce.fmax.v16f32", _F32, best)
@@ -204,7 +219,7 @@ def vector_exp_sum(typingctx, address, num_vectors, shift):  # type: ignore[no-u
 
     The sum is kept in 16 lanes (lane = index % 16) and reduced in lane order, so that appending zeros does not change
     its bits. exp: Cody-Waite reduction and a polynomial of degree 6 (coefficients of Cephes' expf, S. Moshier);
-    relative error below 2e-7; below -87 it is exactly 0, above 88 it stays at exp(88).
+    relative error below 2e-7; below -87 it is exactly 0, above 88 it stays at exp(88), NaN stays NaN.
     """
     signature = types.float32(types.int64, types.int64, types.float32)
 
@@ -227,7 +242,8 @@ def vector_exp_sum(typingctx, address, num_vectors, shift):  # type: ignore[no-u
 def _exp(builder: Any, x: Any) -> Any:
     tiny = builder.fcmp_ordered("<", x, _splat_const(-87.0))
     x = builder.select(tiny, _splat_const(0.0), x)
-    x = _call(builder, "llvm.minnum.v16f32", _VEC, x, _splat_const(88.0))
+    # A comparison, not minnum: NaN must stay NaN (minnum would make it 88, and a poisoned score a large finite weight).
+    x = builder.select(builder.fcmp_ordered(">", x, _splat_const(88.0)), _splat_const(88.0), x)
     n = _call(builder, "llvm.rint.v16f32", _VEC, builder.fmul(x, _splat_const(1.4426950408889634)))
     minus_n = builder.fneg(n)
     r = _fma(builder, minus_n, _splat_const(0.693359375), x)
