@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import sys
-import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,7 +67,6 @@ class ModelRunner:
         self.vocab_size = self.model_config.vocab_size
         self.eos_token_ids = frozenset(self.model_config.eos_token_ids)
         self.num_threads = config.num_threads or torch.get_num_threads()
-        self._thread: int | None = None
         self._use_threads()
         _keep_freed_memory()
 
@@ -136,10 +134,9 @@ class ModelRunner:
         return ComputedStep(token_ids, logprobs, prompt_logprobs, padded, seconds)
 
     def _use_threads(self) -> None:
-        """OpenMP's thread count belongs to the calling thread; the engine may have moved to one of its own."""
-        if self._thread != threading.get_ident():
+        """OpenMP's thread count belongs to the calling thread: others may have changed it, or the engine has moved."""
+        if torch.get_num_threads() != self.num_threads:
             torch.set_num_threads(self.num_threads)
-            self._thread = threading.get_ident()
 
     # ---- start-up ------------------------------------------------------------------------------------------------
 
