@@ -24,10 +24,10 @@ from serve_app.kernels.linear import ANY, Linear
 from serve_app.kernels.metadata import AttentionMetadata
 from serve_app.kernels.ops import Ops
 
-TILE_SIZES = (16, 32, 64, 128, 256)
+TILE_SIZES = (16, 32, 64, 128)
 ROW_COUNTS = (2, 3, 7, 16, 17, 33, 64, 100, 128, 5, 31, 48, 65, 200, 256, 8, 127, 300, 384, 511)
 """The probed numbers of rows, most telling first."""
-PROBE_FLOPS = 3e10
+PROBE_FLOPS = 1e10
 """Work spent on one shape's row counts; a larger layer is probed at fewer of them, but always at the first five."""
 ALWAYS_PROBED = 5
 
