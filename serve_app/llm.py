@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 import random
 import sys
 from collections.abc import Sequence as SequenceOf
@@ -153,9 +154,12 @@ class LLM:
         if isinstance(prompt, str):
             ids = self._need_tokenizer("a text prompt").encode(prompt)
         else:
-            ids = list(prompt)
-            if not all(isinstance(i, int) for i in ids):
-                raise InvalidPromptError(f"a prompt is text or a list of token ids, not {type(ids[0]).__name__}s")
+            try:
+                ids = [operator.index(token_id) for token_id in prompt]  # numpy's and torch's integers, too
+            except TypeError as error:
+                shown = repr(prompt)
+                shown = shown if len(shown) <= 80 else shown[:77] + "..."
+                raise InvalidPromptError(f"a prompt is text or a list of token ids, not {shown} ({error})") from error
         if params.stop:
             self._need_tokenizer("stop strings")
         if params.seed is None:
