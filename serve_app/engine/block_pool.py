@@ -77,6 +77,10 @@ class BlockPool:
         """How many of these would leave the free list if they were shared."""
         return sum(1 for block_id in block_ids if self._ref_counts[block_id] == 0)
 
+    def num_freed_by(self, block_ids: Iterable[int]) -> int:
+        """How many of these would become free if their owner let go of them."""
+        return sum(1 for block_id in block_ids if self._ref_counts[block_id] == 1)
+
     def share(self, block_ids: Iterable[int]) -> None:
         """Adds a reference to each block: one in use gains an owner, a cached free one leaves the free list."""
         for block_id in block_ids:
@@ -100,7 +104,8 @@ class BlockPool:
         """The block is full and computed: it can be found by this hash. A second one of equal content stays unknown."""
         if not self.enable_prefix_caching or block_hash in self._by_hash:
             return
-        assert self._ref_counts[block_id] > 0 and self._hashes[block_id] is None
+        assert self._ref_counts[block_id] > 0, f"block {block_id} is free, so its content is nobody's"
+        assert self._hashes[block_id] is None, f"block {block_id} has a hash already"
         self._by_hash[block_hash] = block_id
         self._hashes[block_id] = block_hash
 
@@ -128,6 +133,7 @@ class BlockPool:
         free = [*self._free_unknown, *self._free_cached]
         assert len(free) == len(set(free)), "a block is free twice"
         assert sorted(free) == [i for i, count in enumerate(counts) if count == 0], "free list differs from the counts"
-        assert all(self._hashes[i] is None for i in self._free_unknown)
-        assert all(self._hashes[i] is not None for i in self._free_cached)
-        assert {h: i for i, h in enumerate(self._hashes) if h is not None} == self._by_hash
+        known = {i for i, block_hash in enumerate(self._hashes) if block_hash is not None}
+        assert known.isdisjoint(self._free_unknown), "a block that can be found is free as one that cannot"
+        assert known.issuperset(self._free_cached), "a block that cannot be found is free as one that can"
+        assert {self._hashes[i]: i for i in known} == self._by_hash, "hashes do not point back to their blocks"

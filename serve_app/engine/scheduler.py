@@ -13,7 +13,9 @@ only growing outputs can run out, and then the scheduler preempts by recomputati
 from __future__ import annotations
 
 import heapq
+import math
 from bisect import insort
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -33,7 +35,7 @@ from serve_app.errors import (
 )
 
 MAX_SKIPS = 32
-"""Requests that may be admitted past one that does not fit; then admission waits for it."""
+"""Requests that may be admitted past one that does not fit, in its whole life; then admission waits for it."""
 
 Key = tuple[str, int]
 _order = attrgetter("order")
@@ -69,11 +71,15 @@ class SchedulerOutput:
     num_recomputed_tokens: int = 0
 
     def alone(self) -> list[SchedulerOutput]:
-        """One plan for each sequence; together they do what this plan does."""
-        plans = [SchedulerOutput([item], item.num_tokens) for item in self.scheduled]
-        for source, destination in self.block_copies:
-            owners = [plan for plan in plans if destination in plan.scheduled[0].sequence.block_ids]
-            (owners or plans)[0].block_copies.append((source, destination))
+        """One plan for each sequence that still runs; together they do what is left of this plan.
+
+        One that was preempted since has no blocks any more: it computes everything again anyway, this step included.
+        """
+        plans = []
+        for item in self.scheduled:
+            if item.sequence.status is SequenceStatus.RUNNING:
+                copies = [copy for copy in self.block_copies if copy[1] in item.sequence.block_ids]
+                plans.append(SchedulerOutput([item], item.num_tokens, copies))
         return plans
 
     def sequence_steps(self) -> tuple[SequenceStep, ...]:
@@ -114,7 +120,9 @@ class Scheduler:
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._deadlines: list[tuple[float, tuple[int, int, int], Sequence]] = []
         self._num_arrivals = 0
-        self._pending_copies: list[tuple[int, int]] = []
+        self._copies: dict[Key, tuple[int, int]] = {}
+        """(source, destination) of the partial block that a choice copies. The source has a reference of its own until
+        the step that copied it was read: its owner may end before, and a failed step copies again."""
         self._ended: list[TokenOutput] = []
 
     # ---- requests in and out -------------------------------------------------------------------------------------
@@ -132,21 +140,24 @@ class Scheduler:
             )
         if len(requests) > self.config.max_num_seqs:
             raise InvalidParameterError("n", len(requests), f"at most max_num_seqs ({self.config.max_num_seqs})")
+        self._check_token_ids("prompt", prompt)
+        choices = [request.choice_index for request in requests]
         for request in requests:
             if not 0 <= request.choice_index < MAX_N:
                 raise InvalidParameterError("choice_index", request.choice_index, f"from 0 to {MAX_N - 1}")
+            if choices.count(request.choice_index) > 1:
+                raise InvalidParameterError("choice_index", request.choice_index, "different for each choice")
             for name in ("request_id", "prompt_token_ids", "priority", "cache_salt"):
                 if getattr(request, name) != getattr(first, name):
                     raise InvalidPromptError(f"the choices of request {first.request_id!r} differ in {name}")
             if (request.request_id, request.choice_index) in self.sequences:
                 raise InvalidParameterError("request_id", request.request_id, "unique among the requests under way")
-            for name, ids in (("prompt", prompt), ("output", request.output_token_ids)):
-                if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
-                    bad = next(token_id for token_id in ids if not 0 <= token_id < self.vocab_size)
-                    raise InvalidPromptError(
-                        f"{name} token id {bad} is outside the vocabulary 0..{self.vocab_size - 1}"
-                    )
+            if request.remaining_ms is not None and math.isnan(request.remaining_ms):
+                raise InvalidParameterError("remaining_ms", request.remaining_ms, "a number of milliseconds, or None")
+            self._check_token_ids("output", request.output_token_ids)
             sampling = request.sampling
+            if sampling.prompt_logprobs != first.sampling.prompt_logprobs:  # computed once, for all
+                raise InvalidPromptError(f"the choices of request {first.request_id!r} differ in prompt_logprobs")
             for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
                 for token_id in getattr(sampling, name) or ():
                     if token_id >= self.vocab_size:
@@ -165,6 +176,11 @@ class Scheduler:
                 f" {self.block_size} tokens; the pool has {self.pool.num_blocks}"
             )
 
+    def _check_token_ids(self, name: str, token_ids: tuple[int, ...]) -> None:
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self.vocab_size:
+            bad = next(token_id for token_id in token_ids if not 0 <= token_id < self.vocab_size)
+            raise InvalidPromptError(f"{name} token id {bad} is outside the vocabulary 0..{self.vocab_size - 1}")
+
     def num_blocks_needed(self, requests: list[GenerateRequest]) -> int:
         """Blocks these choices of one request book: full blocks of the prompt once, the rest for each choice."""
         num_prompt = len(requests[0].prompt_token_ids)
@@ -181,7 +197,7 @@ class Scheduler:
         self.check(requests)
         added: list[Sequence] = []
         self._num_arrivals += 1
-        for request in requests:
+        for request in sorted(requests, key=attrgetter("choice_index")):
             stop_ids = frozenset(request.sampling.stop_token_ids)
             if not request.sampling.ignore_eos:
                 stop_ids |= self.eos_token_ids
@@ -192,6 +208,8 @@ class Scheduler:
                 stop_ids=stop_ids,
                 deadline=None if request.remaining_ms is None else now + request.remaining_ms / 1000.0,
             )
+            if request.sampling.prompt_logprobs is not None:
+                sequence.prompt_logprobs, sequence.num_prompt_logprobs = [None], 1
             if added:
                 sequence.leader = added[0]
                 added[0].followers.append(sequence)
@@ -232,16 +250,17 @@ class Scheduler:
         plan = SchedulerOutput([], 0)
         self._make_room(plan)
         budget = self.config.max_num_batched_tokens
+        size = self.block_size
         behind: list[Sequence] = []
 
         for sequence in self.running:
-            missing = len(sequence.token_ids) + sequence.num_pending - sequence.num_computed_tokens
             if sequence.leader is not None:
                 continue  # its prompt is being computed by another choice
-            if missing > 1:
+            num_pending, num_computed = sequence.num_pending, sequence.num_computed_tokens
+            if len(sequence.token_ids) + num_pending - num_computed > 1:
                 behind.append(sequence)
-            elif not self._is_done_once_read(sequence):
-                if sequence.num_computed_tokens == len(sequence.block_ids) * self.block_size:
+            elif not (num_pending and self._is_done_once_read(sequence)):
+                if num_computed % size == 0 and num_computed == len(sequence.block_ids) * size:
                     sequence.block_ids += self.pool.allocate(1)
                 budget -= self._grant(plan, sequence, 1)
 
@@ -252,10 +271,7 @@ class Scheduler:
 
         if not plan.preempted:
             self._admit(plan, budget)
-        if not plan.scheduled:
-            return None
-        plan.block_copies, self._pending_copies = self._pending_copies, []
-        return plan
+        return plan if plan.scheduled else None
 
     def update(
         self,
@@ -271,17 +287,19 @@ class Scheduler:
         """
         outputs: list[TokenOutput] = []
         i_sampled = -1
-        caching = self.config.enable_prefix_caching
+        size, caching = self.block_size, self.config.enable_prefix_caching
         for item in plan.scheduled:
             sequence = item.sequence
             if item.samples:
                 i_sampled += 1
-            if sequence.is_finished:
+            if sequence.finish_reason is not None:
                 continue  # aborted, or ended by the step before: the extra token is dropped
             if prompt_logprobs and sequence.key in prompt_logprobs:
-                self._take_prompt_logprobs(sequence, item, prompt_logprobs[sequence.key])
+                self._take_prompt_logprobs(sequence, item.start, prompt_logprobs[sequence.key])
+            if self._copies:
+                self._release_copy(sequence)
             num_computed = item.start + item.num_tokens
-            if caching and num_computed % self.block_size < item.num_tokens:
+            if caching and num_computed % size < item.num_tokens:
                 self._register_full_blocks(sequence, num_computed)
             if sequence.followers and sequence.block_ids and num_computed >= sequence.num_prompt_tokens:
                 self._fork_followers(sequence)
@@ -300,22 +318,31 @@ class Scheduler:
         needy = [
             s
             for s in self.running
-            if s.num_computed_tokens == len(s.block_ids) * size and s.leader is None and not self._is_done_once_read(s)
+            if s.num_computed_tokens % size == 0
+            and s.num_computed_tokens == len(s.block_ids) * size
+            and s.leader is None
+            and not self._is_done_once_read(s)
         ]
         while len(needy) > self.pool.num_free_blocks:
-            victim = self._victim()
+            victim = self._victim(needy)
             self._preempt(victim)
             plan.preempted.append(victim.key)
             needy = [s for s in needy if s.status is SequenceStatus.RUNNING]
 
-    def _victim(self) -> Sequence:
+    def _victim(self, needy: list[Sequence]) -> Sequence:
         """Lowest in priority, then the one whose lost work is smallest, then the youngest.
 
-        Of the highest priority the one with the most work done is never chosen while another runs, and one alone
-        always fits (`check`), so somebody always advances and ends.
+        Nobody is chosen in vain: a victim frees a block of its own, or wanted one. So nobody is stuck for ever either:
+        of the highest priority the one with the most work done is spared while another such one runs; where there is
+        none but others run, those have all their blocks in common with somebody, so one token is missing, and they
+        sample in this step; and one alone always fits (`check`).
         """
-        candidates = [s for s in self.running if s.block_ids]
-        return max(candidates, key=lambda s: (s.request.priority, -s.num_computed_tokens, s.order))
+
+        def lost_work(sequence: Sequence) -> int:
+            return 0 if self._is_done_once_read(sequence) else sequence.num_computed_tokens
+
+        candidates = [s for s in self.running if s in needy or self.pool.num_freed_by(s.block_ids)]
+        return max(candidates, key=lambda s: (s.request.priority, -lost_work(s), s.order))
 
     def _preempt(self, sequence: Sequence) -> None:
         self.num_preemptions += 1
@@ -325,15 +352,17 @@ class Scheduler:
             insort(self.waiting, member, key=_order)
 
     def _grant(self, plan: SchedulerOutput, sequence: Sequence, num_tokens: int) -> int:
-        start = sequence.num_computed_tokens
+        start, highwater = sequence.num_computed_tokens, sequence.num_highwater_tokens
         end = start + num_tokens
         samples = end == len(sequence.token_ids) + sequence.num_pending
         recomputed = 0
-        if start < sequence.num_highwater_tokens:
-            recomputed = min(end, sequence.num_highwater_tokens) - start
+        if start < highwater:
+            recomputed = min(end, highwater) - start
             plan.num_recomputed_tokens += recomputed
             self.num_recomputed_tokens += recomputed
-        if end > sequence.num_highwater_tokens:
+        elif highwater == 0 and sequence.key in self._copies:  # its first step
+            plan.block_copies.append(self._copies[sequence.key])
+        if end > highwater:
             sequence.num_highwater_tokens = end
         sequence.num_computed_tokens = end
         if samples:
@@ -349,7 +378,10 @@ class Scheduler:
         )
 
     def _stop_running(self, sequence: Sequence) -> None:
-        """Takes its place and its blocks; what it computed is lost but for the prefix cache."""
+        """Takes its place and its blocks; what it computed is lost but for the prefix cache.
+
+        A token that a launched step samples is not lost: it arrives while the sequence waits.
+        """
         self.running.remove(sequence)
         self._free_slots.append(sequence.slot)
         sequence.slot = -1
@@ -359,49 +391,62 @@ class Scheduler:
         sequence.num_shared_tokens = 0
 
     def _release_blocks(self, sequence: Sequence) -> None:
+        self._release_copy(sequence)
         self.pool.free(sequence.block_ids)
         sequence.block_ids = []
         sequence.num_registered_blocks = 0
 
+    def _release_copy(self, sequence: Sequence) -> None:
+        copy = self._copies.pop(sequence.key, None)
+        if copy is not None:
+            self.pool.free(copy[:1])
+
     def _admit(self, plan: SchedulerOutput, budget: int) -> None:
-        """Admits waiting requests, oldest first. One that does not fit is passed over at most MAX_SKIPS times."""
+        """Admits waiting requests, oldest first. One that does not fit is passed over at most MAX_SKIPS times.
+
+        No more than MAX_SKIPS of them are looked past in one step, so that a long queue costs no more than a short one.
+        """
         passed: list[Sequence] = []
+        skips_left = MAX_SKIPS
+        promised = sum(self._num_fork_blocks(s) for s in self.running if s.leader is not None) if self.waiting else 0
         i = 0
-        while i < len(self.waiting) and budget > 0 and self._free_slots:
+        while i < len(self.waiting) and budget > 0 and self._free_slots and skips_left > 0 and len(passed) < MAX_SKIPS:
             sequence = self.waiting[i]
             assert sequence.leader is None, "a choice waits ahead of the one that computes its prompt"
             group = [sequence, *sequence.followers]
-            if self._try_admit(sequence, group):
+            if self._try_admit(sequence, group, promised):
+                promised += sum(self._num_fork_blocks(follower) for follower in sequence.followers)
                 del self.waiting[i : i + len(group)]
                 budget -= self._grant(plan, sequence, min(sequence.num_missing_tokens, budget))
                 for other in passed:
                     other.num_skipped += 1
-            elif sequence.num_skipped >= MAX_SKIPS:
-                return
+                skips_left -= bool(passed)
             else:
                 passed.append(sequence)
+                skips_left = min(skips_left, MAX_SKIPS - sequence.num_skipped)
                 i += len(group)
 
-    def _try_admit(self, sequence: Sequence, group: list[Sequence]) -> bool:
-        """Starts the group if there are places, room for its leader's known tokens, and for what the others copy."""
+    def _try_admit(self, sequence: Sequence, group: list[Sequence], promised: int) -> bool:
+        """Starts the group if there are places, room for its leader's known tokens, and for what the others will take.
+
+        ``promised``: blocks that choices admitted before will take when their prompt is computed.
+        """
         if len(group) > len(self._free_slots):
             return False
         found = self._find_prefix(sequence)
         fresh = _num_blocks(len(sequence.token_ids), self.block_size) - len(found)
-        needed = fresh + self.pool.num_free_among(found)
-        for follower in sequence.followers:
-            needed += _num_blocks(len(follower.token_ids), self.block_size)
-            needed -= sequence.num_prompt_tokens // self.block_size
+        needed = fresh + self.pool.num_free_among(found) + promised
+        needed += sum(self._num_fork_blocks(follower) for follower in sequence.followers)
         # With others running, keep a block for each that may soon want one: admitting is cheap, preempting is not.
         reserve = min(len(self.running), self.pool.num_blocks // 16)
         if needed + reserve > self.pool.num_free_blocks:
             return False
         self._take_prefix(sequence, found)
         sequence.block_ids += self.pool.allocate(fresh)
+        sequence.num_pending = 0  # if the step that should have brought a token failed after a preemption
         for member in group:
             member.status = SequenceStatus.RUNNING
             member.slot = self._free_slots.pop()
-            member.num_skipped = 0
             insort(self.running, member, key=_order)
         return True
 
@@ -414,7 +459,8 @@ class Scheduler:
     def _take_prefix(self, sequence: Sequence, found: list[int]) -> None:
         """Starts behind the cached prefix. The last known token is always computed: somebody must make its logits."""
         num_found = len(found) * self.block_size
-        if sequence.num_preemptions == 0 and sequence.request.sampling.prompt_logprobs is None:
+        looked = self.config.enable_prefix_caching and sequence.request.sampling.prompt_logprobs is None
+        if looked and sequence.num_preemptions == 0:
             sequence.num_cached_tokens = min(num_found, sequence.num_prompt_tokens)
             self.num_prefix_queries += sequence.num_prompt_tokens
             self.num_prefix_hits += sequence.num_cached_tokens
@@ -438,10 +484,11 @@ class Scheduler:
 
     def _append_token(self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> TokenOutput:
         sequence.token_ids.append(token_id)
+        num_output = len(sequence.token_ids) - sequence.num_prompt_tokens
         reason: FinishReason | None = None
-        if token_id in sequence.stop_ids and sequence.num_output_tokens >= sequence.request.sampling.min_tokens:
+        if token_id in sequence.stop_ids and num_output >= sequence.request.sampling.min_tokens:
             reason = FinishReason.STOP
-        elif sequence.num_output_tokens >= sequence.max_output_tokens:
+        elif num_output >= sequence.max_output_tokens:
             reason = FinishReason.LENGTH
         prompt_logprobs = None
         if sequence.prompt_logprobs is not None and sequence.num_prompt_logprobs == sequence.num_prompt_tokens:
@@ -460,15 +507,22 @@ class Scheduler:
             sequence.num_cached_tokens,
         )
 
-    def _take_prompt_logprobs(self, sequence: Sequence, item: ScheduledSequence, logprobs: list[TokenLogprobs]) -> None:
-        """Position p's logits speak of token p + 1; what a recomputation brings again is left out."""
-        if sequence.num_prompt_logprobs == 0:
-            sequence.prompt_logprobs = [None]
-            sequence.num_prompt_logprobs = 1
-        fresh = logprobs[max(0, sequence.num_prompt_logprobs - 1 - item.start) :]
-        if sequence.prompt_logprobs is not None:
-            sequence.prompt_logprobs += fresh
+    def _take_prompt_logprobs(self, sequence: Sequence, start: int, logprobs: list[TokenLogprobs]) -> None:
+        """Position p's logits speak of token p + 1; what a recomputation brings again is left out.
+
+        The other choices, which compute no prompt, get the list when it is complete.
+        """
+        if sequence.prompt_logprobs is None or sequence.num_prompt_logprobs == sequence.num_prompt_tokens:
+            return
+        num_known = sequence.num_prompt_logprobs - 1 - start
+        assert num_known >= 0, f"{sequence}: prompt logprobs are missing before position {start}"
+        fresh = logprobs[num_known:]
+        sequence.prompt_logprobs += fresh
         sequence.num_prompt_logprobs += len(fresh)
+        if sequence.num_prompt_logprobs == sequence.num_prompt_tokens:
+            for follower in sequence.followers:
+                follower.prompt_logprobs = sequence.prompt_logprobs
+                follower.num_prompt_logprobs = sequence.num_prompt_logprobs
 
     def _extend_hashes(self, sequence: Sequence, num_blocks: int) -> None:
         hashes, size = sequence.block_hashes, self.block_size
@@ -497,9 +551,9 @@ class Scheduler:
         num_full = num_prompt // self.block_size
         for follower in followers:
             follower.leader = None
-            fresh = _num_blocks(len(follower.token_ids), self.block_size) - num_full
+            fresh = self._num_fork_blocks(follower)
             if fresh > self.pool.num_free_blocks:
-                # The room that was there at admission went to others: wait like anyone else, and compute alone.
+                # The room that was there at admission went to growing outputs: wait like anyone else, compute alone.
                 self._stop_running(follower)
                 insort(self.waiting, follower, key=_order)
                 continue
@@ -512,7 +566,13 @@ class Scheduler:
             follower.num_computed_tokens = min(num_prompt, len(follower.token_ids) - 1)
             follower.num_cached_tokens = leader.num_cached_tokens
             if num_prompt % self.block_size:
-                self._pending_copies.append((leader.block_ids[num_full], follower.block_ids[num_full]))
+                source = leader.block_ids[num_full]
+                self.pool.share([source])
+                self._copies[follower.key] = (source, follower.block_ids[num_full])
+
+    def _num_fork_blocks(self, follower: Sequence) -> int:
+        """Blocks of its own that a choice takes at the fork: a copy of the partial one, and room for a replayed output."""
+        return _num_blocks(len(follower.token_ids), self.block_size) - follower.num_prompt_tokens // self.block_size
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: RaggedServeError | None = None) -> None:
         self._drop(sequence, reason)
@@ -535,6 +595,7 @@ class Scheduler:
         elif sequence.followers:  # it ended before its prompt was computed: the next choice computes it
             heir, *rest = sequence.followers
             heir.leader, heir.followers = None, rest
+            heir.num_highwater_tokens = min(sequence.num_highwater_tokens, sequence.num_prompt_tokens)
             for follower in rest:
                 follower.leader = heir
             if heir.status is SequenceStatus.RUNNING:  # admitted without blocks of its own
@@ -551,7 +612,8 @@ class Scheduler:
 
     def check_invariants(self) -> None:
         """Raises AssertionError if the books do not add up. For tests and soaks; costs a walk over everything."""
-        self.pool.check_invariants([s.block_ids for s in self.sequences.values()])
+        held = [[source] for source, _ in self._copies.values()]
+        self.pool.check_invariants([*(s.block_ids for s in self.sequences.values()), *held])
         assert len(self.running) + len(self.waiting) == len(self.sequences)
         for queue, status in ((self.running, SequenceStatus.RUNNING), (self.waiting, SequenceStatus.WAITING)):
             assert [s.order for s in queue] == sorted(s.order for s in queue)
@@ -560,14 +622,18 @@ class Scheduler:
         assert sorted(slots + self._free_slots) == list(range(self.config.max_num_seqs)), (
             "a slot is lost or taken twice"
         )
+        num_owners = Counter(block_id for s in self.sequences.values() for block_id in s.block_ids)
         for s in self.sequences.values():
-            assert not s.is_finished
-            assert 0 <= s.num_computed_tokens <= s.num_tokens
-            assert s.num_computed_tokens <= len(s.block_ids) * self.block_size
-            assert (s.leader is None) or (s in s.leader.followers and not s.block_ids)
-            assert all(f.leader is s and f.status is s.status for f in s.followers)
+            assert not s.is_finished and s.num_pending >= 0, f"{s} has ended, or was read twice"
+            num_final = max(s.num_computed_tokens, s.num_shared_tokens) // self.block_size
+            assert all(num_owners[i] == 1 for i in s.block_ids[num_final:]), f"{s} shares a block that it still writes"
+            assert 0 <= s.num_computed_tokens <= s.num_tokens, f"{s} has computed more than is known"
+            assert s.num_computed_tokens <= len(s.block_ids) * self.block_size, f"{s} has computed more than its blocks"
+            if s.leader is not None:
+                assert s in s.leader.followers and not s.block_ids, f"{s} follows nobody, or computes by itself"
+            assert all(f.leader is s and f.status is s.status for f in s.followers), f"{s} has lost a follower"
             if s.status is SequenceStatus.WAITING:
-                assert not s.block_ids and s.slot == -1 and s.num_computed_tokens == 0
+                assert not s.block_ids and s.slot == -1, f"{s} waits with a place or blocks"
 
 
 def _num_blocks(num_tokens: int, block_size: int) -> int:

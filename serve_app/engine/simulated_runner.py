@@ -1,8 +1,9 @@
 """SimulatedRunner: a Runner with a cost model and scripted tokens. The whole service without weights or torch.
 
 It keeps a KV cache of its own, in which the entry of a position is a digest of every token up to it, read and written
-through the block tables it is given. A token depends on that digest, so a lost block, a wrong slot, a skipped token or
-a block shared with the wrong prefix changes the output, as it would with a real model; with ``verify`` it raises.
+through the block tables it is given. A token depends on the digest before it, so a lost block, a wrong slot, a skipped
+token or a block shared with the wrong prefix changes the output, as it would with a real model. With ``verify`` every
+entry behind a token is read, as attention does, and one that is not the sequence's own raises.
 
 Cost of a step in seconds: ``a + b * tokens + c * sum(query_len * kv_len)``.
 """
@@ -10,7 +11,7 @@ Cost of a step in seconds: ``a + b * tokens + c * sum(query_len * kv_len)``.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 
@@ -73,8 +74,8 @@ class SimulatedRunner:
         self.verify = verify
         self.num_steps = 0
         self._cache = np.full((num_kv_blocks, block_size), _EMPTY, dtype=np.uint64)
-        self._last_sampled: dict[Key, tuple[int, int]] = {}
-        """Sequence -> (position, token) of what it sampled last: on a GPU this never leaves the device."""
+        self._sampled: dict[Key, tuple[int, int]] = {}
+        """Sequence -> (position, token) sampled by the last launched step: on a GPU this never leaves the device."""
 
     def cost(self, plan: SchedulerOutput) -> float:
         """Seconds the step takes."""
@@ -85,25 +86,38 @@ class SimulatedRunner:
         self.num_steps += 1
         for source, destination in plan.block_copies:
             self._cache[destination] = self._cache[source]
-        token_ids = [token for item in plan.scheduled if (token := self._run(item)) is not None]
-        return SimulatedStep(token_ids, self.cost(plan), self.sleep)
+        step = SimulatedStep(self.cost(plan), self.sleep)
+        sampled: dict[Key, tuple[int, int]] = {}
+        for item in plan.scheduled:
+            sequence = item.sequence
+            digest = self._compute(item, step)
+            if item.samples:
+                end = item.start + item.num_tokens
+                token = self._sample(sequence, end, digest)
+                sampled[sequence.key] = (end, token)
+                if (num_top := sequence.request.sampling.logprobs) is not None:
+                    step.logprobs[len(step.sampled)] = self._logprobs(digest, token, num_top)
+                step.sampled.append(token)
+        self._sampled = sampled
+        return step
 
-    def _run(self, item: ScheduledSequence) -> int | None:
+    def _compute(self, item: ScheduledSequence, step: SimulatedStep) -> int:
+        """Writes the digests of the scheduled positions and returns the last one."""
         sequence = item.sequence
         digest = int(self._read(sequence, item.start - 1)) if item.start else _ROOT
         if self.verify:
             self._check_context(sequence, item.start)
+        num_top = sequence.request.sampling.prompt_logprobs
+        prompt_logprobs = []
         for position in range(item.start, item.start + item.num_tokens):
             digest = _mix(digest, self._token_at(sequence, position))
             if position >= sequence.num_shared_tokens:
-                block_id = sequence.block_ids[position // self.block_size]
-                self._cache[block_id, position % self.block_size] = digest
-        if not item.samples:
-            return None
-        end = item.start + item.num_tokens
-        token = self._sample(sequence, end, digest)
-        self._last_sampled[sequence.key] = (end, token)
-        return token
+                self._write(sequence, position, digest)
+            if num_top is not None and position + 1 < sequence.num_prompt_tokens:
+                prompt_logprobs.append(self._logprobs(digest, sequence.token_ids[position + 1], num_top))
+        if prompt_logprobs:
+            step.prompt_logprobs[sequence.key] = prompt_logprobs
+        return digest
 
     def _sample(self, sequence: Sequence, position: int, digest: int) -> int:
         if self.script is not None:
@@ -115,16 +129,25 @@ class SimulatedRunner:
                 token = (token + 1) % self.vocab_size
         return token
 
+    def _logprobs(self, digest: int, token_id: int, num_top: int) -> TokenLogprobs:
+        """Made up, but of one piece: token ``digest % V`` is the likeliest, each next one an eighth of a nat less."""
+        first = digest % self.vocab_size
+        top = tuple(((first + i) % self.vocab_size, -(i + 1) / 8) for i in range(min(num_top, self.vocab_size)))
+        return TokenLogprobs(token_id, -((token_id - first) % self.vocab_size + 1) / 8, top)
+
     def _token_at(self, sequence: Sequence, position: int) -> int:
         if position < len(sequence.token_ids):
             return sequence.token_ids[position]
-        at, token = self._last_sampled[sequence.key]
+        at, token = self._sampled.get(sequence.key, (-1, -1))
         assert at == position, f"{sequence} needs token {position}, the device holds token {at}"
         return token
 
     def _read(self, sequence: Sequence, position: int) -> np.uint64:
         value: np.uint64 = self._cache[sequence.block_ids[position // self.block_size], position % self.block_size]
         return value
+
+    def _write(self, sequence: Sequence, position: int, digest: int) -> None:
+        self._cache[sequence.block_ids[position // self.block_size], position % self.block_size] = digest
 
     def _check_context(self, sequence: Sequence, num_tokens: int) -> None:
         digest = _ROOT
@@ -137,21 +160,21 @@ class SimulatedRunner:
 class SimulatedStep:
     """Reading it spends the step's cost, once."""
 
-    logprobs: Mapping[int, TokenLogprobs] = {}
-    prompt_logprobs: Mapping[Key, list[TokenLogprobs]] = {}
     num_padded_tokens = 0
 
-    def __init__(self, token_ids: list[int], cost: float, sleep: Callable[[float], None]) -> None:
-        self._token_ids = token_ids
+    def __init__(self, cost: float, sleep: Callable[[float], None]) -> None:
+        self.sampled: list[int] = []
+        self.logprobs: dict[int, TokenLogprobs] = {}
+        self.prompt_logprobs: dict[Key, list[TokenLogprobs]] = {}
+        self.seconds = {"model": cost}
         self._cost = cost
         self._sleep = sleep
-        self.seconds = {"model": cost}
 
     def token_ids(self) -> list[int]:
         if self._cost > 0.0:
             self._sleep(self._cost)
             self._cost = 0.0
-        return self._token_ids
+        return self.sampled
 
 
 def _mix(state: int, value: int) -> int:
