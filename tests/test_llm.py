@@ -27,6 +27,7 @@ OPTIONS: dict[str, Any] = {
     "num_kv_blocks": 60,
     "max_num_seqs": 16,
     "max_num_batched_tokens": 40,
+    "num_threads": 1,
 }
 
 
