@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -391,7 +392,7 @@ def ragged_attention(
     _check_layout(q_NHD, k_cache, v_cache)
     tile_starts = _tile_starts(metadata, tile_tokens)
     out = torch.empty_like(q_NHD)
-    scratch, stride = _scratch(dim, torch.get_num_threads())
+    scratch, stride = _scratch(dim, torch.get_num_threads(), threading.get_ident())
     kernels = _kernels(_code(k_cache), _code(q_NHD))
     openmp.run(
         kernels.attention,
@@ -527,13 +528,17 @@ def _check_layout(q_NHD: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Ten
     _, block_size, kv_heads, dim = k_cache.shape
     block = block_size * kv_heads * dim
     assert q_NHD.is_contiguous() and dim % LANES == 0 and block_size % LANES == 0 and KEY_CHUNK % block_size == 0
+    assert q_NHD.shape[1] // kv_heads <= MAX_ROWS, "the heads of one group do not fit the scratch"
     assert k_cache.stride() == (block, 1, dim * block_size, block_size), "K cache is not [blocks, K, D, block_size]"
     assert v_cache.stride() == (block, dim, dim * block_size, 1), "V cache is not [blocks, K, block_size, D]"
 
 
 @functools.lru_cache(maxsize=8)
-def _scratch(dim: int, num_threads: int) -> tuple[torch.Tensor, int]:
-    """Per thread: q and the accumulator [MAX_ROWS, D], scores [MAX_ROWS, KEY_CHUNK], maximum and sum [MAX_ROWS]."""
+def _scratch(dim: int, num_threads: int, caller: int) -> tuple[torch.Tensor, int]:
+    """Per thread: q and the accumulator [MAX_ROWS, D], scores [MAX_ROWS, KEY_CHUNK], maximum and sum [MAX_ROWS].
+
+    ``caller``: the calling thread's id; two engines in one process never write into each other's.
+    """
     floats = MAX_ROWS * (2 * dim + KEY_CHUNK + 2)
     stride = -(-4 * floats // 4096) * 4096
     return torch.empty(num_threads * stride, dtype=torch.uint8), stride

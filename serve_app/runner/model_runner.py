@@ -17,7 +17,7 @@ from serve_app.engine.config import EngineConfig
 from serve_app.engine.request import TokenLogprobs
 from serve_app.engine.scheduler import Key, SchedulerOutput
 from serve_app.errors import ConfigurationError, DeterminismError
-from serve_app.kernels import ops
+from serve_app.kernels import cpu, ops
 from serve_app.kernels.simd import LANES
 from serve_app.logs import get_logger
 from serve_app.models.decoder import Decoder
@@ -242,6 +242,11 @@ def _check_cpu_shapes(config: EngineConfig, model: DecoderConfig) -> None:
     ):
         if value % LANES:
             raise ConfigurationError(f"{name} is {value}; the CPU kernels need a multiple of {LANES}")
+    if model.num_heads > cpu.MAX_ROWS * model.num_kv_heads:
+        raise ConfigurationError(
+            f"num_attention_heads is {model.num_heads}; the CPU kernels allow at most {cpu.MAX_ROWS} for each of the"
+            f" {model.num_kv_heads} kv heads"
+        )
     if 256 % config.block_size:
         raise ConfigurationError(f"block_size is {config.block_size}; on a CPU it must divide 256")
 
