@@ -68,6 +68,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         scheduler: Scheduler | None = None,
     ) -> None:
+        assert runner.max_steps_in_flight in (1, 2), "the scheduler keeps one pending token for each sequence"
         self.config = config
         self.runner = runner
         self.clock = clock
@@ -120,13 +121,15 @@ class Engine:
         try:
             token_ids = step.token_ids()
         except Exception as error:
-            return self._run_alone(plan, error)
-        waited = self.clock()
-        outputs = self.scheduler.update(plan, token_ids, step.logprobs, step.prompt_logprobs)
-        record.num_padded_tokens = step.num_padded_tokens
-        record.seconds.update(step.seconds)
-        record.seconds["wait"] = waited - started
-        record.seconds["update"] = self.clock() - waited
+            outputs = self._run_alone(plan, error)
+            record.seconds["wait"] = self.clock() - started
+        else:
+            waited = self.clock()
+            outputs = self.scheduler.update(plan, token_ids, step.logprobs, step.prompt_logprobs)
+            record.num_padded_tokens = step.num_padded_tokens
+            record.seconds.update(step.seconds)
+            record.seconds["wait"] = waited - started
+            record.seconds["update"] = self.clock() - waited
         self.recorder.append(record)
         return outputs
 
