@@ -73,9 +73,9 @@ def test_cache_dtype(cache_dtype: str, directory: Path) -> None:
 
 def test_more_heads_in_a_group_than_the_kernels_hold(tmp_path: Path) -> None:
     """Once they were written past the end of the scratch."""
-    widest = make_tiny_model(tmp_path / "widest", heads=MAX_ROWS, kv_heads=1, layers=1)
+    widest = make_tiny_model(tmp_path / "widest", "Qwen3ForCausalLM", heads=MAX_ROWS, kv_heads=1, layers=1)
     assert run(make_engine(make_runner(widest)), [make_request("a", PROMPT, max_tokens=3)])["a", 0].error is None
-    wider = make_tiny_model(tmp_path / "wider", heads=MAX_ROWS + 1, kv_heads=1, layers=1)
+    wider = make_tiny_model(tmp_path / "wider", "Qwen3ForCausalLM", heads=MAX_ROWS + 1, kv_heads=1, layers=1)
     with pytest.raises(
         ConfigurationError, match=f"num_attention_heads is {MAX_ROWS + 1}; .* at most {MAX_ROWS} for each"
     ):
@@ -131,17 +131,12 @@ def test_on_a_thread_of_its_own(directory: Path) -> None:
 def test_two_engines_on_two_threads_share_nothing(directory: Path) -> None:
     """The kernels' scratch once was one for all who asked for the same shape."""
     runners = [make_runner(directory) for _ in range(2)]
-    prompts = [PROMPT, PROMPT[::-1]]
-    expected = [
-        run(make_engine(r), [make_request("a", p, max_tokens=60)])["a", 0]
-        for r, p in zip(runners, prompts, strict=True)
-    ]
+    requests = [make_request("a", prompt, max_tokens=60) for prompt in (PROMPT, PROMPT[::-1])]
+    expected = [run(make_engine(runner), [request]) for runner, request in zip(runners, requests, strict=True)]
     answers: dict[int, Any] = {}
 
     def work(i: int) -> None:
-        answers[i] = [
-            run(make_engine(runners[i]), [make_request("a", prompts[i], max_tokens=60)])["a", 0] for _ in range(3)
-        ]
+        answers[i] = [run(make_engine(runners[i]), [requests[i]]) for _ in range(3)]
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
     for thread in threads:
@@ -254,13 +249,9 @@ def test_logits_equal_the_oracles_kernels_and_transformers(
     with torch.no_grad():
         exact = model(torch.tensor([PROMPT])).logits[0]
     eps = torch.finfo(DTYPES[dtype]).eps
-    print(
-        dtype,
-        architecture,
-        relative_error(ours, oracle) / eps,
-        relative_error(ours, exact) / eps,
-        relative_error(oracle, exact) / eps,
-    )
+    limit = 25 * eps if dtype != "float32" else 300 * eps
+    assert relative_error(ours, oracle) < limit
+    assert relative_error(ours, exact) < limit
 
 
 def test_replaced_options_are_those_of_the_engine(directory: Path) -> None:
