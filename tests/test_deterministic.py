@@ -21,8 +21,8 @@ from tests.tiny_models import make_tiny_model
 from tests.tiny_runs import Witness, assert_same_bits, make_engine, make_request, make_runner, run
 
 VOCAB_SIZE = 515
-NUM_PROMPT = 150
-NUM_OUTPUT = 20
+NUM_PROMPT = 100
+NUM_OUTPUT = 12
 PROBE = ("probe", 0)
 
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -30,6 +30,9 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen2 float32 window": ("Qwen2ForCausalLM", "float32", {"heads": 4, "kv_heads": 4, "sliding_window": 37}),
     "qwen3 bfloat16": ("Qwen3ForCausalLM", "bfloat16", {"heads": 4, "kv_heads": 1, "head_dim": 64}),
 }
+
+RUNS = [(model, 1) for model in MODELS] + [("llama float32", 2), ("qwen3 bfloat16", 2)]
+"""(model, threads)."""
 
 
 def _random_prompt(rng: random.Random, length: int) -> list[int]:
@@ -49,9 +52,7 @@ class Setup(NamedTuple):
     token_ids: list[int]
 
 
-@pytest.fixture(
-    scope="module", params=[(m, t) for t in (1, 2) for m in MODELS], ids=lambda p: f"{p[0]}, {p[1]} threads"
-)
+@pytest.fixture(scope="module", params=RUNS, ids=lambda p: f"{p[0]}, {p[1]} threads")
 def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Setup:
     model, num_threads = request.param
     architecture, dtype, options = MODELS[model]
@@ -130,36 +131,38 @@ def test_after_preemption(setup: Setup, enable_prefix_caching: bool) -> None:
     """The others are older and grow into the pool's last blocks, so that the probe loses its own, in the middle."""
     engine = make_engine(
         setup.runner,
-        num_kv_blocks=14,
+        num_kv_blocks=10,
         max_num_batched_tokens=64,
         max_num_seqs=8,
         enable_prefix_caching=enable_prefix_caching,
     )
-    others = [make_request(f"other {i}", PROMPT[:3], max_tokens=60, cache_salt=str(i)) for i in range(3)]
+    others = [make_request(f"other {i}", PROMPT[:8], max_tokens=30, cache_salt=str(i)) for i in range(3)]
     with Witness(setup.runner) as witness:
         answers = run(engine, [*others, probe(priority=1)])
     assert engine.scheduler.num_preemptions > 0
-    assert len(witness.chunks[PROBE]) > NUM_OUTPUT + 3  # it was begun again
-    assert sum(witness.chunks[PROBE]) > NUM_PROMPT + NUM_OUTPUT
+    assert max(witness.chunks[PROBE][2:]) > 1  # it had decoded, and was begun again
+    assert witness.chunks[PROBE][2] == 1
+    if not enable_prefix_caching:
+        assert sum(witness.chunks[PROBE]) > 2 * NUM_PROMPT
     check(setup, witness, answers[PROBE].token_ids)
 
 
 def test_behind_a_prefix_hit(setup: Setup) -> None:
     """Blocks that another sequence left, made by decodes and odd chunks, in company; a whole prompt found, too."""
     engine = make_engine(setup.runner, max_num_batched_tokens=33, max_num_seqs=4)
-    earlier = make_request("earlier", PROMPT[:100], max_tokens=1)
+    earlier = make_request("earlier", PROMPT[:70], max_tokens=1)
     with Witness(setup.runner) as witness:
         answers = run(engine, [earlier, *company(5), probe()], arrivals={6: 8})
         check(setup, witness, answers[PROBE].token_ids)
-        assert answers[PROBE].num_cached_tokens == 96
+        assert answers[PROBE].num_cached_tokens == 64
         witness.kv.clear()
-        again = run(engine, [make_request("whole", PROMPT[:144], max_tokens=1), probe()], arrivals={1: 0})
-    assert again[PROBE].num_cached_tokens == 144
-    assert again["whole", 0].num_cached_tokens == 144
+        again = run(engine, [make_request("whole", PROMPT[:96], max_tokens=1), probe()], arrivals={1: 0})
+    assert again[PROBE].num_cached_tokens == 96
+    assert again["whole", 0].num_cached_tokens == 96
     check(setup, witness, again[PROBE].token_ids)
 
 
-@pytest.mark.parametrize("num_replayed", [1, 9, NUM_OUTPUT - 1])
+@pytest.mark.parametrize("num_replayed", [1, 6, NUM_OUTPUT - 1])
 def test_replayed_from_the_middle(setup: Setup, num_replayed: int) -> None:
     """Another replica has emitted some tokens: they come back as output, and the rest follows bit for bit."""
     engine = make_engine(setup.runner, max_num_batched_tokens=48, max_num_seqs=9)

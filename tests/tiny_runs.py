@@ -181,7 +181,7 @@ class Witness:
         self._launch = runner.launch
 
     def __enter__(self) -> Self:
-        self.runner.model.forward = self._watch_forward  # type: ignore[method-assign]
+        self.runner.model.forward = self._watch_forward  # type: ignore[assignment,method-assign]
         self.runner.launch = self._watch_launch  # type: ignore[method-assign]
         return self
 
