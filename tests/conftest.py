@@ -15,6 +15,8 @@ import pytest
 # Read when huggingface_hub and tokenizers are first imported, so set before any test file is.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# OpenMP threads that wait by spinning make a busy machine many times slower; read when torch is first imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # A slow machine is not a bug: no deadline per example, and none of the checks that measure time.
 hypothesis.settings.register_profile(

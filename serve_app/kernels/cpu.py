@@ -210,9 +210,10 @@ def _kernels(cache_dtype: int, activation_dtype: int) -> _Kernels:
                         store(np.float32(-np.inf), s, j, 0)
                     old = load(row_max, r, 0)
                     new = max(old, vector_max(s, num_vectors))
-                    if new == -np.inf:  # no key of this chunk is in the row's window
+                    if new == -np.inf:  # no key of this chunk is in the row's window; a NaN among them stays
                         for j in range(num_vectors * LANES):
-                            store(np.float32(0.0), s, j, 0)
+                            x = load(s, j, 0)
+                            store(np.float32(0.0) if x == -np.inf else x, s, j, 0)
                         continue
                     total = vector_exp_sum(s, num_vectors, new)
                     if new != old:

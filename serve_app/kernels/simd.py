@@ -5,6 +5,8 @@ intrinsics emit vectors of 16 float32 lanes themselves; LLVM splits them where t
 (AVX2, NEON). Each of them does, for every element, one fixed sequence of correctly rounded operations that does not
 depend on how many rows or columns are asked for: that is what makes the kernels built on them batch-invariant.
 
+Numba's cache on disk watches the file of the compiled function, which is cpu.py: after a change here, touch that one.
+
 Element types in memory (``DTYPE_CODES``): float32, bfloat16, float16; arithmetic is float32.
 """
 

@@ -179,6 +179,18 @@ def test_a_poisoned_sequence_is_alone_with_it(where: str, poison: float, num_thr
     assert torch.equal(bits(out[others]), bits(healthy[others]))
 
 
+def test_a_chunk_of_keys_that_is_all_nan_does_not_vanish() -> None:
+    """The largest of scores that are all NaN is "none", as if no key were in the window; the chunk was left out, and
+    the answer was finite and wrong."""
+    torch.set_num_threads(1)
+    length = cpu.KEY_CHUNK + 40
+    cache = make_cache([length], 16, 1, 16, torch.float32)
+    cache.k[cache.tables[0][: cpu.KEY_CHUNK // 16]] = torch.nan
+    metadata = make_metadata(cache, [(0, length - 1, length)])
+    out = cpu.ragged_attention(make_queries(1, 2, 16, torch.float32), cache.k, cache.v, metadata, scale=0.25)
+    assert out.isnan().all()
+
+
 # ---- bits do not depend on the company ------------------------------------------------------------------------------
 
 
