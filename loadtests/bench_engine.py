@@ -359,7 +359,7 @@ def compare(results: Results, model: str, rate: float | None) -> list[dict[str, 
     if ours is None:
         return found
     for run in results.answers:
-        if run[0] == "continuous":
+        if run[0] == "continuous" and rate is None:
             say("of the floor", results.median(run, REACHED), run[1])
     startups = {i: answer["startup_s"] for i, answer in results.answers[ours].items()}
     later = [seconds for i, seconds in startups.items() if i] or list(startups.values())
@@ -403,7 +403,7 @@ def print_comparison(found: list[dict[str, Any]]) -> None:
             verdict = f"{met}: {'at most' if sign < 0 else 'at least'} {reach:g}" + (
                 f", aim {aim:g}" if aim != reach else ""
             )
-        print(f"{item['name']:36}{item['value']:8.2f}   {item['what']:28}{verdict}")
+        print(f"{item['name']:36}{item['value']:8.2f}   {item['what']:38}{verdict}")
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
