@@ -57,6 +57,7 @@ KEY_CHUNK = 256
 """Keys whose scores are held at once; chunks start at multiples of it, whatever the query. A multiple of block_size."""
 AHEAD = 2
 """Blocks between the one in use and the one being prefetched."""
+ROPE_ROWS_PER_ITEM = 32
 ROWS_PER_ITEM = 8
 """Rows of one work item of the small ops."""
 
@@ -306,25 +307,32 @@ def _kernels(cache_dtype: int, activation_dtype: int) -> _Kernels:
         eps = as_float(load_i64(arguments, FIRST + 14))
         half = dim // 2
         whole = half % LANES == 0
+        group = heads // kv_heads
         width = (heads + 2 * kv_heads) * dim
         while True:
             item = atomic_next(arguments)
             if item >= num_items:
                 break
-            for row in range(item * ROWS_PER_ITEM, min(num_rows, (item + 1) * ROWS_PER_ITEM)):
+            # By kv head, and many rows at once: neighbouring tokens share the cache lines of K, and two threads that
+            # write them take them from each other.
+            kv_head = item % kv_heads
+            first = item // kv_heads * ROPE_ROWS_PER_ITEM
+            for row in range(first, min(num_rows, first + ROPE_ROWS_PER_ITEM)):
                 cos = table + 4 * load_i32(positions, row) * dim
                 sin = cos + 4 * half
                 slot = load_i32(slots, row)
                 block, offset = slot // block_size, slot % block_size
-                for head in range(heads + kv_heads):
-                    if head >= heads and slot < 0:
+                for i_head in range(group + 1):  # the group's queries, then its key
+                    is_key = i_head == group
+                    if is_key and slot < 0:
                         break
+                    head = heads + kv_head if is_key else kv_head * group + i_head
                     x = qkv + (row * width + head * dim) * act_bytes
-                    weight = q_weight if head < heads else k_weight
+                    weight = k_weight if is_key else q_weight
                     if weight != 0:
                         factor = _inverse_rms(vector_square_sum(x, dim // LANES, act), dim, eps)
                         vector_norm(x, weight, x, dim // LANES, factor, act)
-                    out = q_out + (row * heads + head) * dim * act_bytes if head < heads else x
+                    out = x if is_key else q_out + (row * heads + head) * dim * act_bytes
                     if whole:
                         vector_rope(x, cos, sin, out, half, act, act)
                     else:
@@ -333,16 +341,15 @@ def _kernels(cache_dtype: int, activation_dtype: int) -> _Kernels:
                             c, s = load(cos, i, 0), load(sin, i, 0)
                             store(a * c - b * s, out, i, act)
                             store(b * c + a * s, out, half + i, act)
-                    if head >= heads:
-                        target = (block * kv_heads + head - heads) * dim * block_size + offset
+                    if is_key:
+                        target = (block * kv_heads + kv_head) * dim * block_size + offset
                         for i in range(dim):
                             store(load(x, i, act), k_cache, target + i * block_size, kv)
                 if slot >= 0:
-                    for head in range(kv_heads):
-                        x = qkv + (row * width + (heads + kv_heads + head) * dim) * act_bytes
-                        target = ((block * kv_heads + head) * block_size + offset) * dim
-                        for i in range(dim):
-                            store(load(x, i, act), v_cache, target + i, kv)
+                    x = qkv + (row * width + (heads + kv_heads + kv_head) * dim) * act_bytes
+                    target = ((block * kv_heads + kv_head) * block_size + offset) * dim
+                    for i in range(dim):
+                        store(load(x, i, act), v_cache, target + i, kv)
 
     @cfunc(_SIGNATURE, **_OPTIONS)
     def silu_mul(arguments: int) -> None:
@@ -483,7 +490,7 @@ def qk_norm_rope_write(
     q_NHD = qkv.new_empty(num_tokens, num_heads, dim)
     openmp.run(
         _kernels(_code(k_cache), _code(qkv)).qk_norm_rope_write,
-        -(-num_tokens // ROWS_PER_ITEM),
+        -(-num_tokens // ROPE_ROWS_PER_ITEM) * kv_heads,
         qkv.data_ptr(),
         table.data_ptr(),
         positions.data_ptr(),

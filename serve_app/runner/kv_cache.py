@@ -6,6 +6,9 @@ views    k[layer], v[layer]: [num_blocks, block_size, K, D], what every kernel's
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 
 from serve_app.engine.config import EngineConfig
@@ -22,8 +25,8 @@ class KVCache:
         self, num_layers: int, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
     ) -> None:
         shape = (num_layers, num_blocks, num_kv_heads)
-        self._k = torch.zeros(*shape, head_dim, block_size, dtype=dtype)
-        self._v = torch.zeros(*shape, block_size, head_dim, dtype=dtype)
+        self._k = _untouched_zeros((*shape, head_dim, block_size), dtype)
+        self._v = _untouched_zeros((*shape, block_size, head_dim), dtype)
         self.k = [layer.permute(0, 3, 1, 2) for layer in self._k]
         self.v = [layer.permute(0, 2, 1, 3) for layer in self._v]
 
@@ -41,6 +44,12 @@ class KVCache:
         """Overwrites everything (tests poison unused slots with NaN)."""
         self._k.fill_(value)
         self._v.fill_(value)
+
+
+def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros whose pages the system hands out when they are first written; torch.zeros would write them all now."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def bytes_per_block(model: DecoderConfig, block_size: int, dtype: torch.dtype) -> int:

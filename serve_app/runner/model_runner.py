@@ -252,7 +252,11 @@ def _check_cpu_shapes(config: EngineConfig, model: DecoderConfig) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Lets glibc keep freed buffers: a step's activations are the same sizes again, and fresh pages cost more."""
+    """Lets glibc keep freed buffers: a step's activations are the same sizes again, and fresh pages cost more.
+
+    By default an allocation above a threshold is a mapping of its own, given back when freed; 32 MiB is the highest
+    threshold that mallopt takes (glibc, malloc.c, DEFAULT_MMAP_THRESHOLD_MAX).
+    """
     if not sys.platform.startswith("linux"):
         return
     try:
@@ -260,5 +264,5 @@ def _keep_freed_memory() -> None:
     except (OSError, AttributeError):  # another C library
         return
     m_trim_threshold, m_mmap_threshold = -1, -3
-    mallopt(m_mmap_threshold, 1 << 30)
-    mallopt(m_trim_threshold, (1 << 31) - 1)
+    if not (mallopt(m_mmap_threshold, 32 << 20) and mallopt(m_trim_threshold, 1 << 30)):
+        logger.info("malloc keeps its defaults: buffers of a step are mapped afresh each time")
