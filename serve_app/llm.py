@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import operator
 import random
 import sys
@@ -24,6 +23,7 @@ from serve_app.engine.request import (
     TokenOutput,
 )
 from serve_app.errors import ConfigurationError, InvalidParameterError, InvalidPromptError, RaggedServeError
+from serve_app.models.decoder_config import read_json
 from serve_app.runner.model_runner import ModelRunner
 from serve_app.text.chat_template import ChatTemplate
 from serve_app.text.text_stream import TextStream
@@ -93,7 +93,7 @@ class LLM:
             self.tokenizer: Tokenizer | None = Tokenizer.from_directory(directory)
         else:
             self.tokenizer = None
-        self.generation_config = _generation_config(self.runner.directory)
+        self.generation_config = read_json(self.runner.directory / "generation_config.json") or {}
         self._seeds = random.Random(self.config.seed)
         self._num_requests = 0
 
@@ -242,11 +242,3 @@ class _Answer:
                 completion.stop_reason = output.stop_token_id
             self.ends_now = True
         return self.ends_now
-
-
-def _generation_config(directory: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((directory / "generation_config.json").read_text())
-    except FileNotFoundError:
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -21,7 +21,6 @@ from numba.extending import intrinsic
 
 LANES = 16
 DTYPE_CODES = {"float32": 0, "bfloat16": 1, "float16": 2}
-ITEM_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 _F32 = ir.FloatType()
 _I32 = ir.IntType(32)
