@@ -2,10 +2,16 @@
 
 RaggedServeError                  500 internal_error
 |- InvalidRequestError            400 invalid_request          the caller's mistake, the server goes on
+|  |- InvalidBodyError            400 invalid_body             not a JSON object in UTF-8
 |  |- InvalidParameterError       400 invalid_parameter        one field is out of its range
+|  |- UnknownParameterError       400 unknown_parameter        there is no such field
+|  |- UnsupportedParameterError   400 unsupported_parameter    the field is known, and this server does not have it
 |  |- InvalidPromptError          400 invalid_prompt           empty, or a token id outside the vocabulary
 |  |- ContextLengthError          400 context_length_exceeded  longer than the model's context
-|  `- RequestTooLargeError        400 request_too_large        could never fit this replica's KV cache
+|  |- RequestTooLargeError        400 request_too_large        could never fit this replica's KV cache
+|  |- InvalidApiKeyError          401 invalid_api_key          no key, or none of ours
+|  |- UnknownModelError           404 model_not_found          no model of that name is served
+|  `- BodyTooLargeError           413 body_too_large           more bytes than a body may have
 |- DeadlineExceededError          504 deadline_exceeded
 |- StepFailedError                500 step_failed              the model could not compute this request
 |- EngineUnavailableError         503 engine_unavailable       stopping, draining or dead
@@ -26,10 +32,25 @@ class RaggedServeError(Exception):
     status: int = 500
     code: str = "internal_error"
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Errors cross processes. Made again from what they hold: an ``__init__`` may ask for other arguments."""
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+def _rebuild(family: type[RaggedServeError], args: tuple[object, ...], state: dict[str, object]) -> RaggedServeError:
+    error = family.__new__(family)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
 
 class InvalidRequestError(RaggedServeError):
     status = 400
     code = "invalid_request"
+
+
+class InvalidBodyError(InvalidRequestError):
+    code = "invalid_body"
 
 
 class InvalidParameterError(InvalidRequestError):
@@ -44,6 +65,28 @@ class InvalidParameterError(InvalidRequestError):
         self.param = param
 
 
+class UnknownParameterError(InvalidRequestError):
+    """``nearest``: the known name that the given one may stand for."""
+
+    code = "unknown_parameter"
+
+    def __init__(self, param: str, nearest: str | None = None) -> None:
+        shown = param if len(param) <= 80 else param[:77] + "..."
+        hint = "" if nearest is None else f"; did you mean {nearest!r}?"
+        super().__init__(f"unknown parameter {shown!r}{hint}")
+        self.param = shown
+
+
+class UnsupportedParameterError(InvalidRequestError):
+    """``reason`` follows the parameter's name in the message."""
+
+    code = "unsupported_parameter"
+
+    def __init__(self, param: str, reason: str) -> None:
+        super().__init__(f"{param} {reason}")
+        self.param = param
+
+
 class InvalidPromptError(InvalidRequestError):
     code = "invalid_prompt"
 
@@ -54,6 +97,29 @@ class ContextLengthError(InvalidRequestError):
 
 class RequestTooLargeError(InvalidRequestError):
     code = "request_too_large"
+
+
+class InvalidApiKeyError(InvalidRequestError):
+    status = 401
+    code = "invalid_api_key"
+
+
+class UnknownModelError(InvalidRequestError):
+    """``served``: the names a request may use."""
+
+    status = 404
+    code = "model_not_found"
+
+    def __init__(self, model: str, served: tuple[str, ...] = ()) -> None:
+        shown = model if len(model) <= 80 else model[:77] + "..."
+        names = ", ".join(served)
+        super().__init__(f"there is no model {shown!r} here" + (f"; served: {names}" if names else ""))
+        self.param = "model"
+
+
+class BodyTooLargeError(InvalidRequestError):
+    status = 413
+    code = "body_too_large"
 
 
 class DeadlineExceededError(RaggedServeError):
