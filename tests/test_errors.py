@@ -17,8 +17,9 @@ def family(root: type[errors.RaggedServeError] = errors.RaggedServeError) -> lis
 @pytest.mark.parametrize("member", [m for m in family() if m.__module__ == errors.__name__], ids=lambda m: m.__name__)
 def test_an_error_survives_pickle(member: type[errors.RaggedServeError]) -> None:
     # InvalidParameterError did not: pickle called its __init__ with the finished message alone.
-    wanted = [p for p in inspect.signature(member).parameters.values() if p.default is p.empty]
-    arguments = ["x" * (i + 1) for i, p in enumerate(wanted) if p.kind is p.POSITIONAL_OR_KEYWORD] or ["a message"]
+    parameters = inspect.signature(member.__init__).parameters.values()
+    named = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty and p.name != "self"]
+    arguments = ["x" * (i + 1) for i in range(len(named))] or ["a message"]
     error = member(*arguments)
     error.retry_after = 3  # type: ignore[attr-defined]
     again = pickle.loads(pickle.dumps(error))
