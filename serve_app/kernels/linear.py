@@ -1,7 +1,7 @@
 """Linear: y = x W^T + b on a CPU, with oneDNN's prepacked weights. Knows how to run rows; knows not why.
 
 `torch.ops.mkldnn._reorder_linear_weight` and `_linear_pointwise` are what torch's own inductor emits. They are not
-public API: this is the only file that names them, and it falls back to `F.linear` where they are missing or refuse.
+public API: this file and few_rows.py alone name such functions. Where they are missing or refuse, it is `F.linear`.
 
 The bits of a row may depend on how many rows are computed with it, since the library picks another kernel. The field
 ``row_tiles`` says which numbers of rows may be used, so that numerics.py can restrict a layer to counts it has proved
@@ -10,6 +10,9 @@ equal:
     row_tiles = ()            any number of rows as they come (fast mode)
     row_tiles = (2, ANY)      any number from 2 up; a single row runs as two
     row_tiles = (16, 64)      only 16 or 64 rows; 150 rows run as 64 + 64 + 16 + 16, the last one padded
+
+Up to `few_rows.MAX_ROWS` rows go to our own product, which reads the library's weights where they lie: at any setting of
+``chain_depth`` but 0, and where the layout was recognised.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from collections.abc import Iterator
 
 import torch
 from torch.nn import functional
+
+from serve_app.kernels import few_rows
 
 ANY = 1 << 30
 _PACKING_HINT = 64
@@ -34,11 +39,15 @@ class Linear:
         self.num_padded_rows = 0
         """Rows computed and thrown away since the start."""
         self.is_packed = False
+        self.panels: few_rows.Panels | None = None
+        self.chain_depth = few_rows.DEPTHS[0]
+        """How our own product sums (see `few_rows.product`); 0: it is not used."""
         self._weight = weight
         if packed and weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
             try:
                 self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACKING_HINT)
                 self.is_packed = True
+                self.panels = few_rows.Panels.of(self._weight, weight)
             except (RuntimeError, AttributeError):  # an element type or a build that oneDNN does not serve
                 self._weight = weight
 
@@ -48,6 +57,8 @@ class Linear:
         return (self.out_features, self.in_features, self.bias is not None, self.dtype)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.panels is not None and self.chain_depth and 1 <= x.shape[0] <= few_rows.MAX_ROWS:
+            return self.run_few(x, self.chain_depth)
         tiles = self.row_tiles
         if not tiles or (tiles[-1] == ANY and x.shape[0] >= tiles[0]):
             return self.run(x)
@@ -59,6 +70,31 @@ class Linear:
             y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self.bias, "none", [], "")
             return y
         return functional.linear(x, self._weight, self.bias)
+
+    def run_few(self, x: torch.Tensor, chain_depth: int) -> torch.Tensor:
+        """A few rows in our own product. Only where `panels` is not None."""
+        assert self.panels is not None
+        return few_rows.product(x, self.panels, self.bias, chain_depth)
+
+    def probe(self, num_rows: int) -> tuple[Linear, torch.Tensor]:
+        """A layer of this shape and rows [num_rows, in] for it, made so that a different order of summation shows.
+
+        The exact value of every output is 0 or a tiny bias: the second half of the columns, in random places, takes
+        back what the first half gives. What is left is rounding alone, where a plain random product would round most
+        differences in float32 sums away (a bfloat16 result keeps 8 bits of 24).
+        """
+        generator = torch.Generator().manual_seed(0)
+        half = self.in_features // 2
+        order = torch.randperm(self.in_features, generator=generator)
+        weight = torch.zeros(min(self.out_features, 256), self.in_features)
+        x = torch.zeros(num_rows, self.in_features)
+        for tensor, sign in ((weight, -1.0), (x, 1.0)):
+            tensor[:, order[:half]] = torch.randn(len(tensor), half, generator=generator)
+            tensor[:, order[half : 2 * half]] = sign * tensor[:, order[:half]]
+        repeats = -(-self.out_features // len(weight))
+        weight = weight.to(self.dtype).repeat(repeats, 1)[: self.out_features]
+        bias = None if self.bias is None else torch.full((self.out_features,), 1e-7, dtype=self.dtype)
+        return Linear(weight, bias, packed=self.is_packed), x.to(self.dtype)
 
     def _run_in_tiles(self, x: torch.Tensor) -> torch.Tensor:
         num_rows = x.shape[0]

@@ -14,12 +14,12 @@ by LLVM's and Intel's). Where there is none, or one thread is asked for, the ker
 from __future__ import annotations
 
 import ctypes
+import functools
 import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 FIRST = 3
@@ -53,9 +53,19 @@ def run(kernel: Any, num_items: int, *arguments: int) -> None:
 
     ``arguments`` are data pointers, sizes, or `float_bits`; the caller keeps the tensors behind them alive.
     """
-    vector = np.array((0, 0, num_items, *arguments), dtype=np.int64)
+    vector = _vector_type(FIRST + len(arguments))(0, 0, num_items, *arguments)
     num_threads = min(torch.get_num_threads(), num_items)
     if num_threads > 1 and _gomp_parallel is not None:
-        _gomp_parallel(kernel.address, vector.ctypes.data, num_threads, 0)
+        _gomp_parallel(kernel.address, ctypes.addressof(vector), num_threads, 0)
     elif num_items:
-        _Kernel(kernel.address)(vector.ctypes.data)
+        _callable(kernel.address)(ctypes.addressof(vector))
+
+
+@functools.cache
+def _vector_type(length: int) -> Callable[..., ctypes.Array[ctypes.c_int64]]:
+    return ctypes.c_int64 * length
+
+
+@functools.cache
+def _callable(address: int) -> Callable[[int], None]:
+    return _Kernel(address)

@@ -127,7 +127,8 @@ def gemm_tile(typingctx, a, lda, b, ldb, c, ldc, depth, ahead, rows, vectors, b_
 
     Addresses a, b, c and leading dimensions (in elements) are int64; ``rows``, ``vectors``, ``b_dtype`` and
     ``accumulate`` are literals. Each element of C is one chain of fused multiply-adds over depth = 0, 1, 2, ...,
-    starting from 0 or from C, whatever the tile: rows * vectors chains run side by side in registers.
+    whatever the tile: rows * vectors chains run side by side in registers. ``accumulate`` 0: the chain starts from 0;
+    1: from C; 2: from 0, and is added to C.
 
     While it works on a row of B it prefetches what lies ``ahead`` bytes further on: the block that comes next, which
     no hardware prefetcher can guess from a block table.
@@ -135,7 +136,7 @@ def gemm_tile(typingctx, a, lda, b, ldb, c, ldc, depth, ahead, rows, vectors, b_
     constants = _literals(rows, vectors, b_dtype, accumulate)
     if constants is None:
         return None
-    num_rows, num_vectors, dtype, adds = constants
+    num_rows, num_vectors, dtype, accumulates = constants
     signature = types.void(*([types.int64] * 8), rows, vectors, b_dtype, accumulate)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -144,7 +145,7 @@ def gemm_tile(typingctx, a, lda, b, ldb, c, ldc, depth, ahead, rows, vectors, b_
         c_index = {
             (r, v): builder.add(builder.mul(ldc_, ir.Constant(_I64, r)), ir.Constant(_I64, v * LANES)) for r, v in cell
         }
-        start = [_load_vec(builder, c_, c_index[rv], 0) if adds else _splat_const(0.0) for rv in cell]
+        start = [_load_vec(builder, c_, c_index[rv], 0) if accumulates == 1 else _splat_const(0.0) for rv in cell]
         before = builder.block
         loop, after = builder.append_basic_block("gemm.loop"), builder.append_basic_block("gemm.after")
         builder.cbranch(builder.icmp_signed(">", depth_, ir.Constant(_I64, 0)), loop, after)
@@ -181,8 +182,92 @@ def gemm_tile(typingctx, a, lda, b, ldb, c, ldc, depth, ahead, rows, vectors, b_
             phi.add_incoming(result, loop)
             c_index[rv] = (c_index[rv], phi)
         for rv in cell:
-            index, phi = c_index[rv]
-            _store_vec(builder, phi, c_, index)
+            index, total = c_index[rv]
+            if accumulates == 2:
+                total = builder.fadd(_load_vec(builder, c_, index, 0), total)
+            _store_vec(builder, total, c_, index)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic(prefer_literal=True)
+def gemm_pairs(typingctx, a, lda, b, ldb, c, ldc, num_tiles, ahead, rows, vectors):  # type: ignore[no-untyped-def]
+    """C[rows, 16 * vectors] = A[rows, depth] @ B for a bfloat16 B in pairs of rows; depth = 32 * num_tiles >= 32.
+
+    A and C are float32. B[k // 2] is a row of ``ldb`` 32-bit words, one for each column: element k in the low half,
+    k + 1 in the high half (Intel calls it VNNI layout). For each tile of 16 pairs, the products of even k and those of
+    odd k are two chains of fused multiply-adds that start from 0; then the element becomes its old value + (even +
+    odd). That is, bit for bit, what a TDPBF16PS instruction of AMX does with each tile (Intel SDM, volume 2), but for
+    denormal numbers, which that instruction takes for 0.
+    """
+    constants = _literals(rows, vectors)
+    if constants is None:
+        return None
+    num_rows, num_vectors = constants
+    signature = types.void(*([types.int64] * 8), rows, vectors)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        a_, lda_, b_, ldb_, c_, ldc_, tiles_, ahead_ = args[:8]
+        cells = [(r, v) for r in range(num_rows) for v in range(num_vectors)]
+        zero, one, two = (ir.Constant(_I64, x) for x in (0, 1, 2))
+        before = builder.block
+        outer, inner = builder.append_basic_block("tiles.loop"), builder.append_basic_block("pairs.loop")
+        done, after = builder.append_basic_block("pairs.done"), builder.append_basic_block("tiles.after")
+        builder.branch(outer)
+
+        builder.position_at_end(outer)
+        tile = builder.phi(_I64)
+        tile.add_incoming(zero, before)
+        totals = {cell: builder.phi(_VEC) for cell in cells}
+        for phi in totals.values():
+            phi.add_incoming(_splat_const(0.0), before)
+        first = builder.mul(tile, ir.Constant(_I64, 16))
+        builder.branch(inner)
+
+        builder.position_at_end(inner)
+        step = builder.phi(_I64)
+        step.add_incoming(zero, outer)
+        sums = {(cell, odd): builder.phi(_VEC) for cell in cells for odd in (0, 1)}
+        for phi in sums.values():
+            phi.add_incoming(_splat_const(0.0), outer)
+        pair = builder.add(first, step)
+        row = builder.mul(pair, ldb_)
+        halves = {}
+        for v in range(num_vectors):
+            index = builder.add(row, ir.Constant(_I64, v * LANES))
+            words = builder.load(builder.bitcast(_pointer(builder, b_, _I32, index), _IVEC.as_pointer()), align=4)
+            low = builder.shl(words, ir.Constant(_IVEC, [ir.Constant(_I32, 16)] * LANES))
+            high = builder.and_(words, ir.Constant(_IVEC, [ir.Constant(_I32, 0xFFFF0000)] * LANES))
+            halves[v, 0], halves[v, 1] = builder.bitcast(low, _VEC), builder.bitcast(high, _VEC)
+            _prefetch(builder, _pointer(builder, builder.add(b_, ahead_), _I32, index))
+        new = {}
+        for r in range(num_rows):
+            for odd in (0, 1):
+                index = builder.add(builder.mul(lda_, ir.Constant(_I64, r)), builder.mul(pair, two))
+                index = builder.add(index, ir.Constant(_I64, odd))
+                a_vec = _splat(builder, builder.load(_pointer(builder, a_, _F32, index), align=4))
+                for v in range(num_vectors):
+                    new[(r, v), odd] = _fma(builder, a_vec, halves[v, odd], sums[(r, v), odd])
+        next_step = builder.add(step, one)
+        step.add_incoming(next_step, inner)
+        for key, phi in sums.items():
+            phi.add_incoming(new[key], inner)
+        builder.cbranch(builder.icmp_signed("<", next_step, ir.Constant(_I64, 16)), inner, done)
+
+        builder.position_at_end(done)
+        next_tile = builder.add(tile, one)
+        tile.add_incoming(next_tile, done)
+        results = {}
+        for cell, phi in totals.items():
+            results[cell] = builder.fadd(phi, builder.fadd(new[cell, 0], new[cell, 1]))
+            phi.add_incoming(results[cell], done)
+        builder.cbranch(builder.icmp_signed("<", next_tile, tiles_), outer, after)
+
+        builder.position_at_end(after)
+        for (r, v), result in results.items():
+            index = builder.add(builder.mul(ldc_, ir.Constant(_I64, r)), ir.Constant(_I64, v * LANES))
+            _store_vec(builder, result, c_, index)
         return context.get_dummy_value()
 
     return signature, codegen
@@ -332,6 +417,31 @@ def vector_add(typingctx, x, y, num_vectors, dtype):  # type: ignore[no-untyped-
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64, dtype), codegen
+
+
+@intrinsic(prefer_literal=True)
+def vector_add_bias(typingctx, x, bias, out, num_vectors, dtype):  # type: ignore[no-untyped-def]
+    """out := x + bias over 16 * num_vectors elements; x float32, bias and out of ``dtype``; no bias if it is 0."""
+    constants = _literals(dtype)
+    if constants is None:
+        return None
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        x_, bias_, out_, num_ = args[:4]
+        has_bias = builder.icmp_signed("!=", bias_, ir.Constant(_I64, 0))
+        # Without a bias the loads below are made from x itself, and not used.
+        source = builder.select(has_bias, bias_, x_)
+
+        def body(index: Any, unused: Any) -> Any:
+            value = _load_vec(builder, x_, index, 0)
+            total = builder.fadd(value, _load_vec(builder, source, index, constants[0]))
+            _store_vec(builder, builder.select(has_bias, total, value), out_, index, constants[0])
+            return unused
+
+        _loop_over_vectors(builder, num_, _splat_const(0.0), body)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64, dtype), codegen
 
 
 @intrinsic(prefer_literal=True)

@@ -30,6 +30,10 @@ class Layer(NamedTuple):
     down: Linear
     sliding_window: int
 
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return self.qkv, self.o, self.gate_up, self.down
+
 
 class Decoder:
     """Weights packed at construction; `forward` is one step. ``max_model_len`` bounds the positions."""
@@ -87,9 +91,7 @@ class Decoder:
     @property
     def linears(self) -> list[Linear]:
         """Every product of the model, the head last."""
-        return [linear for layer in self.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)] + [
-            self.head
-        ]
+        return [linear for layer in self.layers for linear in layer.linears] + [self.head]
 
     def forward(
         self,

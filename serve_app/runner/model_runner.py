@@ -73,7 +73,8 @@ class ModelRunner:
         self.ops = ops.select("cpu")
         self.dtype = DTYPES[dtype] if dtype != "auto" else self._automatic_dtype()
         self.model = self._load()
-        self.deterministic = self._prove_deterministic(may_reload=dtype == "auto")
+        self._proof = self._prove_deterministic(may_reload=dtype == "auto")
+        """What deterministic mode rests on; None in fast mode."""
         cache_dtype = self.dtype if config.kv_cache_dtype == "auto" else DTYPES[config.kv_cache_dtype]
         self.num_kv_blocks = num_blocks_that_fit(config, self.model_config, cache_dtype, self.max_model_len)
         self.kv_cache = KVCache(
@@ -93,7 +94,7 @@ class ModelRunner:
     def describe(self) -> list[str]:
         """What was chosen, for the log."""
         mode = "deterministic" if self.deterministic else "fast"
-        if self.deterministic and any(linear.row_tiles[-1:] != (numerics.ANY,) for linear in self.model.linears):
+        if self._proof is not None and self._proof.uses_fixed_tiles:
             mode += " (products in fixed tiles of rows)"
         dtype = str(self.dtype).removeprefix("torch.")
         model_line = (
@@ -105,6 +106,10 @@ class ModelRunner:
             describe(self.config, self.model_config, self.kv_cache.k[0].dtype, self.num_kv_blocks),
         ]
 
+    @property
+    def deterministic(self) -> bool:
+        return self._proof is not None
+
     # ---- one step ------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
@@ -114,7 +119,8 @@ class ModelRunner:
         self.kv_cache.copy_blocks(plan.block_copies)
         batch = self._batches.build(plan)
         built = time.perf_counter()
-        padded = self.model.layers[0].qkv.num_padded_rows
+        products = self.model.layers[0].linears  # of all the step's rows; a padded row is padded in each layer
+        padded = [linear.num_padded_rows for linear in products]
         logits = self.model.forward(
             batch.input_ids, batch.metadata, batch.logits_indices, self.kv_cache.k, self.kv_cache.v
         )
@@ -130,8 +136,8 @@ class ModelRunner:
             "model": computed - built,
             "sampler": time.perf_counter() - computed,
         }
-        padded = self.model.layers[0].qkv.num_padded_rows - padded
-        return ComputedStep(token_ids, logprobs, prompt_logprobs, padded, seconds)
+        num_padded = max(linear.num_padded_rows - before for linear, before in zip(products, padded, strict=True))
+        return ComputedStep(token_ids, logprobs, prompt_logprobs, num_padded, seconds)
 
     def _use_threads(self) -> None:
         """OpenMP's thread count belongs to the calling thread: others may have changed it, or the engine has moved."""
@@ -154,9 +160,9 @@ class ModelRunner:
             source = WeightLoader(self.directory, tie_word_embeddings=config.tie_word_embeddings)
         return Decoder(config, source, self.ops, self.dtype, self.max_model_len)
 
-    def _prove_deterministic(self, *, may_reload: bool) -> bool:
+    def _prove_deterministic(self, *, may_reload: bool) -> numerics.Proof | None:
         if self.config.deterministic is False:
-            return False
+            return None
         model = self.model_config
         proof = numerics.prove(
             self.model.linears,
@@ -179,8 +185,8 @@ class ModelRunner:
             if self.config.deterministic:
                 raise
             logger.warning("%s. Going on in fast mode: tokens may depend on the batch", error)
-            return False
-        return True
+            return None
+        return proof
 
     def _fingerprint(self) -> str:
         weights = weights_fingerprint(self.directory) if self.load_format != "dummy" else f"dummy {self.config.seed}"
@@ -191,7 +197,9 @@ class ModelRunner:
                 "dtype": self.dtype,
                 "kv_cache_dtype": self.kv_cache.k[0].dtype,
                 "deterministic": self.deterministic,
-                "row_tiles": sorted({(*x.shape_key[:2], x.row_tiles, x.is_packed) for x in self.model.linears}),
+                "row_tiles": sorted(
+                    {(*x.shape_key[:2], x.row_tiles, x.chain_depth, x.is_packed) for x in self.model.linears}
+                ),
             }
         )
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from serve_app.errors import DeterminismError
+from serve_app.kernels import few_rows
 from serve_app.kernels.linear import ANY, Linear
 from serve_app.kernels.metadata import AttentionMetadata
 from serve_app.kernels.ops import Ops
@@ -32,12 +33,18 @@ PROBE_FLOPS = 1e10
 ALWAYS_PROBED = 5
 
 
+ShapeKey = tuple[int, int, bool, torch.dtype]
+"""Linear.shape_key."""
+
+
 @dataclass(frozen=True)
 class Proof:
     """How products may run so that bits do not depend on the batch."""
 
-    row_tiles: dict[tuple[int, int, bool, torch.dtype], tuple[int, ...]]
-    """By Linear.shape_key."""
+    row_tiles: dict[ShapeKey, tuple[int, ...]]
+    """The numbers of rows that the library may be given."""
+    chain_depths: dict[ShapeKey, int]
+    """How our own product for few rows sums up to the library's bits; 0 where it does not."""
     failures: tuple[str, ...]
     """What could not be proved, in words. Empty: deterministic mode holds."""
 
@@ -66,20 +73,23 @@ def prove(
     block_size: int,
 ) -> Proof:
     """Probes one layer of each shape, and attention. Changes nothing; see `apply`."""
-    row_tiles: dict[tuple[int, int, bool, torch.dtype], tuple[int, ...]] = {}
+    row_tiles: dict[ShapeKey, tuple[int, ...]] = {}
+    chain_depths: dict[ShapeKey, int] = {}
     failures = []
     for linear in linears:
         key = linear.shape_key
         if key in row_tiles:
             continue
-        tiles = provable_tiles(linear, max_rows)
+        probe, x = linear.probe(max(max_rows, TILE_SIZES[-1]) + 32)
+        tiles = provable_tiles(probe, x, max_rows)
         if tiles is None:
             failures.append(f"products of shape {key[1]} x {key[0]} in {str(key[3]).removeprefix('torch.')}")
         else:
             row_tiles[key] = tiles
+            chain_depths[key] = provable_chain_depth(probe, x, tiles)
     if not _attention_is_invariant(ops, num_heads, num_kv_heads, head_dim, dtype, block_size):
         failures.append("attention")
-    return Proof(row_tiles, tuple(failures))
+    return Proof(row_tiles, chain_depths, tuple(failures))
 
 
 def apply(proof: Proof, linears: Iterable[Linear]) -> None:
@@ -91,12 +101,15 @@ def apply(proof: Proof, linears: Iterable[Linear]) -> None:
         )
     for linear in linears:
         linear.row_tiles = proof.row_tiles[linear.shape_key]
+        linear.chain_depth = proof.chain_depths[linear.shape_key]
 
 
-def provable_tiles(linear: Linear, max_rows: int) -> tuple[int, ...] | None:
-    """Row counts that give every row the same bits: (2, ANY) if all seem to, a set of TILE_SIZES, or None."""
+def provable_tiles(linear: Linear, x: torch.Tensor, max_rows: int) -> tuple[int, ...] | None:
+    """Row counts that give every row of ``x`` the same bits: (2, ANY) if all seem to, a set of TILE_SIZES, or None.
+
+    x: more than max(max_rows, 128) rows, as `Linear.probe` makes them.
+    """
     max_rows = max(max_rows, TILE_SIZES[0])
-    x = _probe_rows(linear, max(max_rows, TILE_SIZES[-1]) + 32)
     if _any_count_agrees(linear, x, max_rows):
         return (2, ANY)
     groups: list[tuple[torch.Tensor, list[int]]] = []
@@ -133,13 +146,20 @@ def _any_count_agrees(linear: Linear, x: torch.Tensor, max_rows: int) -> bool:
     return True
 
 
+def provable_chain_depth(linear: Linear, x: torch.Tensor, tiles: tuple[int, ...]) -> int:
+    """The chain depth with which our own product for few rows gives the library's bits in ``tiles``, or 0."""
+    if linear.panels is None:
+        return 0
+    count = tiles[0] if tiles[-1] != ANY else 2 * few_rows.MAX_ROWS
+    whole = linear.run(x[:count])
+    for depth in few_rows.DEPTHS:
+        if all(torch.equal(linear.run_few(x[:n], depth), whole[:n]) for n in range(1, few_rows.MAX_ROWS + 1)):
+            return depth
+    return 0
+
+
 def _in_tiles(linear: Linear, x: torch.Tensor, tile: int) -> torch.Tensor:
     return torch.cat([linear.run(x[start : start + tile]) for start in range(0, x.shape[0], tile)])
-
-
-def _probe_rows(linear: Linear, num_rows: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(num_rows)
-    return torch.randn(num_rows, linear.in_features, generator=generator).to(linear.dtype)
 
 
 def _attention_is_invariant(

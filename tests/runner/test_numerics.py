@@ -6,11 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from serve_app.errors import DeterminismError
-from serve_app.kernels import cpu, reference
+from serve_app.kernels import cpu, few_rows, reference
 from serve_app.kernels.linear import ANY, Linear
 from serve_app.runner import numerics
 from serve_app.runner.numerics import Proof, apply, fingerprint, provable_tiles, prove
@@ -29,6 +30,9 @@ class FakeLinear(Linear):
         self.kernel_of = kernel_of
         self.counts: list[int] = []
 
+    def probe(self, num_rows: int) -> tuple[Linear, torch.Tensor]:
+        return self, torch.randn(num_rows, 16, generator=torch.Generator().manual_seed(num_rows))
+
     def run(self, x: torch.Tensor) -> torch.Tensor:
         self.counts.append(x.shape[0])
         return x.sum(dim=1, dtype=torch.float64).float()[:, None].repeat(1, self.out_features) + float(
@@ -43,15 +47,19 @@ class PlaceLinear(FakeLinear):
         return super().run(x) + torch.arange(x.shape[0])[:, None] % 4
 
 
+def tiles_of(linear: Linear, max_rows: int = 512) -> tuple[int, ...] | None:
+    return provable_tiles(*linear.probe(max(max_rows, 128) + 32), max_rows)
+
+
 @pytest.mark.parametrize("max_rows", [1, 2, 17, 128, 512])
 def test_any_count(max_rows: int) -> None:
-    assert provable_tiles(FakeLinear(lambda num: 0), max_rows) == (2, ANY)
+    assert tiles_of(FakeLinear(lambda num: 0), max_rows) == (2, ANY)
 
 
 def test_a_single_row_may_be_another_kernel() -> None:
     """Most libraries have a matrix-vector kernel: it is never used, a single row runs as two."""
     linear = FakeLinear(lambda num: int(num == 1))
-    assert provable_tiles(linear, 512) == (2, ANY)
+    assert tiles_of(linear) == (2, ANY)
     linear.row_tiles = (2, ANY)
     x = torch.randn(5, 16)
     whole = linear(x)
@@ -73,7 +81,7 @@ def test_a_single_row_may_be_another_kernel() -> None:
 )
 def test_only_tiles_agree(kernel_of: Callable[[int], int], expected: tuple[int, ...] | None) -> None:
     linear = FakeLinear(kernel_of)
-    tiles = provable_tiles(linear, 512)
+    tiles = tiles_of(linear)
     assert tiles is not None
     assert tiles[-1] != ANY
     assert set(tiles) <= set(numerics.TILE_SIZES)
@@ -90,14 +98,49 @@ def test_only_tiles_agree(kernel_of: Callable[[int], int], expected: tuple[int, 
 @pytest.mark.parametrize("count", [3, 7, 17, 33, 100, 128])
 def test_one_odd_count_is_found(count: int) -> None:
     """Of the counts most telling for a library's switches, none may go unseen."""
-    tiles = provable_tiles(FakeLinear(lambda num: int(num == count)), 512)
+    tiles = tiles_of(FakeLinear(lambda num: int(num == count)))
     assert tiles is not None
     assert tiles[-1] != ANY
     assert count not in tiles or len(tiles) == 1
 
 
 def test_nothing_agrees() -> None:
-    assert provable_tiles(PlaceLinear(lambda num: 0), 512) is None
+    assert tiles_of(PlaceLinear(lambda num: 0)) is None
+
+
+def test_the_probe_shows_another_order_of_summation() -> None:
+    """A sum in another order, then rounded to bfloat16: nearly invisible on random numbers, plain on the probe."""
+    layer = Linear(torch.randn(96, 512).bfloat16(), packed=False)
+    probe, x = layer.probe(40)
+    assert probe.shape_key == layer.shape_key
+
+    def differing(weight: torch.Tensor, rows: torch.Tensor) -> float:
+        terms = (rows.float()[:, None, :] * weight.float()).numpy()
+        straight = np.cumsum(terms, axis=2)[:, :, -1]  # in float32, one after the other
+        halved = np.cumsum(terms[:, :, ::2], axis=2)[:, :, -1] + np.cumsum(terms[:, :, 1::2], axis=2)[:, :, -1]
+        return float((torch.from_numpy(straight).bfloat16() != torch.from_numpy(halved).bfloat16()).float().mean())
+
+    assert differing(probe._weight, x) > 0.9
+    assert differing(layer._weight, torch.randn(40, 512).bfloat16()) < 0.01
+
+
+def test_few_rows_only_where_they_give_the_librarys_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted difference in the last bit switches our product off for that shape."""
+    layer = Linear(torch.randn(64, 128))
+    if layer.panels is None:
+        pytest.skip("the library's layout is not one that few_rows.py recognises on this processor")
+    proof = proof_of([layer])
+    assert proof.chain_depths[layer.shape_key] in (*few_rows.DEPTHS, 0)
+    real = few_rows.product
+    monkeypatch.setattr(few_rows, "product", lambda *given: torch.nextafter(real(*given), torch.tensor(9.0)))
+    proof = proof_of([layer])
+    assert proof.chain_depths[layer.shape_key] == 0
+    apply(proof, [layer])
+    monkeypatch.undo()
+    calls: list[int] = []
+    monkeypatch.setattr(few_rows, "product", lambda *given: calls.append(1))
+    layer(torch.randn(2, 128))
+    assert not calls
 
 
 def proof_of(linears: list[Linear], ops: Any = cpu, head_dim: int = 16) -> Proof:
