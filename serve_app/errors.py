@@ -15,6 +15,8 @@ RaggedServeError                  500 internal_error
 |- DeadlineExceededError          504 deadline_exceeded
 |- StepFailedError                500 step_failed              the model could not compute this request
 |- EngineUnavailableError         503 engine_unavailable       stopping, draining or dead
+|- OverloadedError                429 overloaded               no room, and the queue is full or the wait too long
+|- LeaseRefusedError              503 lease_refused            the replica's pool has less room than was booked
 `- StartupError                   500 startup_failed           the server must not start
    |- ConfigurationError              configuration_error      an option, or a combination, is wrong
    |- ModelNotFoundError              model_not_found          no such directory, or nothing in it
@@ -135,6 +137,22 @@ class StepFailedError(RaggedServeError):
 class EngineUnavailableError(RaggedServeError):
     status = 503
     code = "engine_unavailable"
+
+
+class OverloadedError(RaggedServeError):
+    """``retry_after``: whole seconds, at least 1, after which room is likely."""
+
+    status = 429
+    code = "overloaded"
+
+    def __init__(self, message: str, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class LeaseRefusedError(RaggedServeError):
+    status = 503
+    code = "lease_refused"
 
 
 class StartupError(RaggedServeError):
