@@ -1,0 +1,910 @@
+"""What clients may send, as pydantic models: CompletionRequest, ChatCompletionRequest, TokenizeRequest, DetokenizeRequest.
+
+Knows JSON, names, types, ranges, and how a request becomes prompts, SamplingParams and GenerateRequests. Knows no route, no
+answer and no device. Where it comes from: OpenAI's API reference, and vLLM's protocol for the extras.
+
+Each name that a client may send stands in one of three tables, and all others are refused with the nearest known one:
+
+- the fields of a model: every one has an effect, which a test shows field by field;
+- WITHOUT_EFFECT: accepted, checked, and of no effect on the answer;
+- ``unimplemented`` of a model: known elsewhere, not here. Accepted with the value that asks for nothing, else refused.
+
+``null`` means "not given", for each field of each object.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
+
+from serve_app.api.error_response import WrongValueError, path_of, shown
+from serve_app.engine.request import MAX_LOGPROBS, MAX_N, MAX_SEED, GenerateRequest, SamplingParams
+from serve_app.errors import (
+    InvalidBodyError,
+    InvalidParameterError,
+    InvalidPromptError,
+    UnknownParameterError,
+    UnsupportedParameterError,
+)
+from serve_app.text.chat_template import ChatTemplate
+from serve_app.text.text_stream import TextStream
+from serve_app.text.tokenizer import Tokenizer
+
+MAX_DEPTH = 64
+"""Objects and lists inside each other. Nothing that a client means needs more, and checks of a body may recurse."""
+
+MAX_INT = 2**31 - 1
+"""Counts, ids and priorities above it are nobody's wish, and would not fit the tensors."""
+
+MAX_REQUEST_ID_CHARS = 128
+MAX_CACHE_SALT_CHARS = 1024
+COMPLETION_MAX_TOKENS = 16
+"""max_tokens of a completion that does not say it: OpenAI's, and everybody's after it."""
+
+Model = TypeVar("Model", bound="RequestModel")
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    """How much one request may ask for. Messages name the value and the limit."""
+
+    max_prompts: int = 128
+    """Prompts of one completion request."""
+
+    max_n: int = MAX_N
+    """Choices for each prompt."""
+
+    max_stop: int = 16
+    """Stop strings, and as many stop token ids."""
+
+    max_bias: int = 1024
+    """Entries of logit_bias."""
+
+
+class EncodedPrompt(NamedTuple):
+    """One prompt as the model sees it."""
+
+    token_ids: tuple[int, ...]
+    text: str | None
+    """None if it came as token ids."""
+
+
+# ---- the tables of names ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class IgnoredField:
+    """A field that is accepted and changes nothing."""
+
+    allowed: str
+    """What it must be, for the message."""
+    accepts: Callable[[Any], bool]
+    why: str
+
+
+WITHOUT_EFFECT: Mapping[str, IgnoredField] = {
+    "user": IgnoredField("a string", lambda v: type(v) is str, "OpenAI uses it to find abuse"),
+    "safety_identifier": IgnoredField("a string", lambda v: type(v) is str, "the same, under its new name"),
+    "metadata": IgnoredField(
+        "an object of strings",
+        lambda v: type(v) is dict and all(type(x) is str for x in v.values()),
+        "OpenAI shows it beside stored answers",
+    ),
+    "store": IgnoredField("false", lambda v: v is False, "answers are not stored here"),
+    "service_tier": IgnoredField("'auto'", lambda v: v == "auto", "there is one tier; see priority"),
+    "prompt_cache_key": IgnoredField(
+        "a string", lambda v: type(v) is str, "equal prefixes meet without it; to keep them apart, see cache_salt"
+    ),
+}
+"""Accepted by completions and chat, without effect."""
+
+Unimplemented = Mapping[str, tuple[Any, ...]]
+"""Name -> the values with which it asks for nothing (null always does)."""
+
+UNIMPLEMENTED: Unimplemented = {
+    "allowed_tools": (),
+    "bad_words": ([],),
+    "ec_transfer_params": (),
+    "guided_choice": (),
+    "guided_decoding_backend": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_whitespace_pattern": (),
+    "kv_transfer_params": (),
+    "length_penalty": (1.0,),
+    "logits_processors": ([],),
+    "logprob_token_ids": (),
+    "prompt_logprobs": (),
+    "repetition_detection": (),
+    "response_format": ({"type": "text"},),
+    "return_token_offsets": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "routed_experts_prompt_start": (0,),
+    "session_id": (),
+    "spaces_between_special_tokens": (True,),
+    "stream_interval": (1,),
+    "structured_outputs": (),
+    "thinking_token_budget": (),
+    "truncate_prompt_tokens": (),
+    "truncation_side": (),
+    "use_beam_search": (False,),
+    "vllm_xargs": ({},),
+    "watermarking": (False,),
+}
+
+COMPLETION_UNIMPLEMENTED: Unimplemented = {**UNIMPLEMENTED, "prompt_embeds": ([],), "suffix": ("",)}
+
+CHAT_UNIMPLEMENTED: Unimplemented = {
+    **UNIMPLEMENTED,
+    "audio": (),
+    "best_of": (1,),
+    "chat_template": (),
+    "documents": ([],),
+    "echo": (False,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "include_reasoning": (True,),
+    "media_io_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+    "modalities": (["text"],),
+    "moderation": (),
+    "parallel_tool_calls": (True,),
+    "prediction": (),
+    "prompt_cache_options": (),
+    "prompt_cache_retention": (),
+    "reasoning_effort": (),
+    "return_prompt_text": (False,),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+
+MESSAGE_UNIMPLEMENTED: Unimplemented = {
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "refusal": ("",),
+    "tool_calls": ([],),
+}
+
+
+# ---- fields that have more than one shape ----------------------------------------------------------------------------
+
+
+def _stop(value: Any) -> list[str]:
+    strings = [value] if type(value) is str else value
+    if type(strings) is not list:
+        raise WrongValueError(value, "a string or a list of strings")
+    for i, string in enumerate(strings):
+        inside = f"[{i}]" if strings is value else ""
+        if type(string) is not str or not string:
+            raise WrongValueError(string, "a string that is not empty", inside)
+    return list(strings)
+
+
+def _prompt(value: Any) -> list[Any]:
+    """Always a list of prompts, all of one kind."""
+    if type(value) is str:
+        return [value]
+    if type(value) is not list:
+        raise WrongValueError(value, "a string, a list of strings, a list of token ids or a list of such lists")
+    if not value:
+        raise WrongValueError(value, "a list that is not empty")
+    kind = type(value[0])
+    if kind is int:
+        _check_token_ids(value, "")
+        return [value]
+    if kind is not str and kind is not list:
+        raise WrongValueError(value[0], "a string, a token id or a list of token ids", "[0]")
+    for i, prompt in enumerate(value):
+        if type(prompt) is not kind:
+            raise WrongValueError(prompt, "of the same type as the first prompt", f"[{i}]")
+        if type(prompt) is list:
+            _check_token_ids(prompt, f"[{i}]")
+    return list(value)
+
+
+def _token_ids(value: Any) -> list[int]:
+    if type(value) is not list:
+        raise WrongValueError(value, "a list of token ids")
+    _check_token_ids(value, "", may_be_empty=True)
+    return value
+
+
+def _check_token_ids(ids: list[Any], inside: str, *, may_be_empty: bool = False) -> None:
+    if not ids and not may_be_empty:
+        raise WrongValueError(ids, "a list of at least one token id", inside)
+    if set(map(type, ids)) <= {int} and (not ids or 0 <= min(ids) <= max(ids) <= MAX_INT):
+        return
+    i = next(i for i, x in enumerate(ids) if type(x) is not int or not 0 <= x <= MAX_INT)
+    raise WrongValueError(ids[i], "a token id: an integer of at least 0", f"{inside}[{i}]")
+
+
+def _logit_bias(value: Any) -> dict[int, float]:
+    """Names of JSON objects are strings, so the ids come as such."""
+    if type(value) is not dict:
+        raise WrongValueError(value, "an object that maps token ids to numbers")
+    bias = {}
+    for name, number in value.items():
+        if re.fullmatch(r"\d{1,10}", name, re.ASCII) is None:
+            raise WrongValueError(name, "a token id, in digits alone", f"[{shown(name)}]")
+        if type(number) not in (int, float) or not -100 <= number <= 100:
+            raise WrongValueError(number, "a number from -100 to 100", f"[{name}]")
+        if int(name) in bias:
+            raise WrongValueError(name, "given once; the same id has another spelling", f"[{shown(name)}]")
+        bias[int(name)] = float(number)
+    return bias
+
+
+def _content(value: Any) -> str:
+    """Text, or parts of text, which are joined by line ends as vLLM does: templates of text models expect a string."""
+    if type(value) is str:
+        return value
+    if type(value) is not list:
+        raise WrongValueError(value, "a string or a list of content parts")
+    texts = []
+    for i, part in enumerate(value):
+        if type(part) is not dict:
+            raise WrongValueError(part, 'a content part: {"type": "text", "text": ...}', f"[{i}]")
+        if part.get("type") != "text":
+            raise WrongValueError(part.get("type"), '"text": this server reads text alone', f"[{i}].type")
+        if type(part.get("text")) is not str:
+            raise WrongValueError(part.get("text"), "a string", f"[{i}].text")
+        if more := sorted(part.keys() - {"type", "text"}):
+            raise WrongValueError(part[more[0]], "left out: a part has a type and a text", f"[{i}].{more[0]}")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def _request_id(value: Any) -> str:
+    if type(value) is not str or re.fullmatch(r"[\x21-\x7e]+", value) is None or len(value) > MAX_REQUEST_ID_CHARS:
+        raise WrongValueError(value, f"1 to {MAX_REQUEST_ID_CHARS} visible ASCII characters")
+    return value
+
+
+def _seed(value: Any) -> int:
+    if type(value) is not int or not -(2**63) <= value <= MAX_SEED:
+        raise WrongValueError(value, "an integer from -2**63 to 2**64 - 1")
+    return value
+
+
+IdList = list[Annotated[int, Field(ge=0)]]
+TokenIds = Annotated[list[int], PlainValidator(_token_ids, json_schema_input_type=IdList)]
+Prompts = Annotated[list[Any], PlainValidator(_prompt, json_schema_input_type=str | list[str] | IdList | list[IdList])]
+Stop = Annotated[list[str], PlainValidator(_stop, json_schema_input_type=str | list[str])]
+LogitBias = Annotated[dict[int, float], PlainValidator(_logit_bias, json_schema_input_type=dict[str, float])]
+RequestId = Annotated[str, PlainValidator(_request_id, json_schema_input_type=str)]
+Seed = Annotated[int, PlainValidator(_seed, json_schema_input_type=int)]
+Content = Annotated[str, PlainValidator(_content, json_schema_input_type=str | list[dict[str, str]])]
+Count = Annotated[int, Field(ge=0, le=MAX_INT)]
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+class RequestModel(BaseModel):
+    """A JSON object that a client may send."""
+
+    model_config = ConfigDict(
+        strict=True,
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+    unimplemented: ClassVar[Unimplemented] = {}
+    ignored: ClassVar[Mapping[str, IgnoredField]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, data: Any) -> Any:
+        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
+
+    @classmethod
+    def parse(cls: type[Model], body: bytes, limits: RequestLimits | None = None) -> Model:
+        """The request in a body. Raises InvalidRequestErrors and pydantic's ValidationError; `error_response` takes both.
+
+        Costs a few milliseconds for the longest of prompts that come as ids.
+        """
+        data = parse_json(body)
+        cls._take_names(data)
+        request = cls.model_validate(data)
+        request.check(limits or RequestLimits())
+        return request
+
+    def check(self, limits: RequestLimits) -> None:
+        """What concerns more than one field, or a limit. Raises InvalidParameterError naming field, value and limit."""
+
+    @classmethod
+    def _take_names(cls, data: dict[str, Any], path: str = "") -> None:
+        """Takes out of ``data`` what has no effect here, and refuses by name what is unknown or not implemented."""
+        for name in [name for name in data if name not in cls.model_fields]:
+            value = data.pop(name)
+            if name in cls.ignored:
+                if value is not None and not cls.ignored[name].accepts(value):
+                    raise UnsupportedParameterError(
+                        path + name, f"is {shown(value)}; this server takes only {cls.ignored[name].allowed}"
+                    )
+            elif name in cls.unimplemented:
+                if value is not None and not any(_same(value, neutral) for neutral in cls.unimplemented[name]):
+                    raise UnsupportedParameterError(
+                        path + name, f"is {shown(value)}; this server does not implement it"
+                    )
+            else:
+                known = [*cls.model_fields, *cls.ignored]
+                nearest = difflib.get_close_matches(name[:60].lower(), known, 1)
+                raise UnknownParameterError(path + name, nearest[0] if nearest else None)
+
+
+class StreamOptions(RequestModel):
+    """What a stream tells beside its choices."""
+
+    include_usage: bool = False
+    """One event more before the end, without choices, with the usage of the whole request."""
+
+    continuous_usage_stats: bool = False
+    """The usage so far in every event (of vLLM)."""
+
+    unimplemented: ClassVar[Unimplemented] = {"include_obfuscation": (False,)}
+
+
+class Message(RequestModel):
+    """One message of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    """developer is shown to the template as system, which it was before OpenAI renamed it."""
+
+    content: Content | None = None
+    """Text, or a list of {"type": "text", "text": ...}."""
+
+    name: str | None = None
+    """Who speaks, where the template shows it."""
+
+    tool_call_id: str | None = None
+    """Which call a tool's message answers, where the template shows it."""
+
+    reasoning_content: str | None = None
+    """An assistant's earlier reasoning, where the template shows it."""
+
+    reasoning: str | None = None
+    """Another name for reasoning_content."""
+
+    unimplemented: ClassVar[Unimplemented] = MESSAGE_UNIMPLEMENTED
+
+    def for_template(self) -> dict[str, Any]:
+        message = self.model_dump(exclude_none=True)
+        return {**message, "role": "system"} if self.role == "developer" else message
+
+
+class ChatInput(RequestModel):
+    """What makes the prompt of a chat; completions of chats and /tokenize share it."""
+
+    add_generation_prompt: bool | None = None
+    """End the prompt with the beginning of an assistant's message. By default the opposite of continue_final_message."""
+
+    continue_final_message: bool = False
+    """Leave the last message open: the answer goes on with it."""
+
+    chat_template_kwargs: dict[str, Any] = {}
+    """Further variables of the chat template (enable_thinking, ...)."""
+
+    def _render(self, messages: Sequence[Message], template: ChatTemplate) -> str:
+        add = not self.continue_final_message if self.add_generation_prompt is None else self.add_generation_prompt
+        return template.render(
+            [message.for_template() for message in messages],
+            add_generation_prompt=add,
+            continue_final_message=self.continue_final_message,
+            template_kwargs=self.chat_template_kwargs,
+        )
+
+    def _check_chat(self, messages: Sequence[Message]) -> None:
+        if not messages:
+            raise InvalidParameterError("messages", [], "a list of at least one message")
+        for i, message in enumerate(messages):
+            if message.content is None and message.role != "assistant":
+                raise InvalidParameterError(
+                    f"messages[{i}].content", None, "text, in a message of any but the assistant"
+                )
+        if self.continue_final_message and self.add_generation_prompt:
+            raise InvalidParameterError("add_generation_prompt", True, "false where continue_final_message is true")
+        if self.continue_final_message and not messages[-1].content:
+            raise InvalidParameterError("continue_final_message", True, "false where the last message has no text")
+
+    @classmethod
+    def _take_message_names(cls, data: dict[str, Any]) -> None:
+        messages = data.get("messages")
+        for i, message in enumerate(messages if type(messages) is list else []):
+            if type(message) is dict:
+                Message._take_names(message, path_of(("messages", i)) + ".")
+
+
+class GenerationInput(RequestModel):
+    """The fields that completions and chats share."""
+
+    model: str | None = None
+    """A served name. By default the model that is there."""
+
+    n: Annotated[int, Field(ge=1, le=MAX_INT)] = 1
+    """Choices for each prompt, each with its own random numbers."""
+
+    max_tokens: Count | None = None
+    """Most tokens of an answer. By default 16 for a completion, for a chat what the context leaves (and a set number)."""
+
+    min_tokens: Count = 0
+    """Tokens before which nothing but max_tokens ends the answer."""
+
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    """0 is greedy. By default what the model's generation_config.json says; so for the next four."""
+
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Sample from the most likely tokens that have this probability together."""
+
+    top_k: Annotated[int, Field(ge=-1, le=MAX_INT)] | None = None
+    """Sample from that many most likely tokens. 0 or -1: from all."""
+
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Leave out tokens less likely than this share of the likeliest one's probability."""
+
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    """Above 1: tokens of prompt and answer become less likely. 1: off."""
+
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    """Taken from the logit of each token that the answer has."""
+
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    """The same, once for each time the answer has it."""
+
+    logit_bias: LogitBias = {}
+    """Token id -> added to its logit, -100 to 100."""
+
+    allowed_token_ids: TokenIds | None = None
+    """If given, no other token is sampled."""
+
+    stop: Stop = []
+    """Strings that end the answer, without showing."""
+
+    stop_token_ids: TokenIds = []
+    """Token ids that end the answer, without showing."""
+
+    include_stop_str_in_output: bool = False
+    """Show what ended the answer."""
+
+    ignore_eos: bool = False
+    """Go on where the model would end."""
+
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text."""
+
+    seed: Seed | None = None
+    """The same seed, prompt and parameters give the same answer. -1 is no seed; others below 0 count from 2**64."""
+
+    stream: bool = False
+    """Answer in server-sent events, as the tokens come."""
+
+    stream_options: StreamOptions | None = None
+    """Only with stream."""
+
+    priority: Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)] = 0
+    """Lower is served earlier."""
+
+    cache_salt: Annotated[str, Field(max_length=MAX_CACHE_SALT_CHARS)] = ""
+    """Prefixes are shared only among requests with an equal salt."""
+
+    request_id: RequestId | None = None
+    """Names the request in the answer's id and in the logs; wins over the header X-Request-Id."""
+
+    return_token_ids: bool = False
+    """Put the ids of prompt and answer beside the text."""
+
+    ignored: ClassVar[Mapping[str, IgnoredField]] = WITHOUT_EFFECT
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many likeliest tokens to report at each position; 0: only the token's own logprob; None: nothing."""
+        raise NotImplementedError
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """The same for the tokens of the prompt."""
+        return None
+
+    @property
+    def given_max_tokens(self) -> int | None:
+        return self.max_tokens
+
+    def prompts(self, tokenizer: Tokenizer, template: ChatTemplate | None) -> list[EncodedPrompt]:
+        """The prompts as token ids. Takes time in proportion to the text: keep long ones off an event loop.
+
+        Raises InvalidPromptError, and for chats what ChatTemplate.render raises.
+        """
+        raise NotImplementedError
+
+    def text_stream(
+        self,
+        tokenizer: Tokenizer,
+        sampling: SamplingParams,
+        prompt: EncodedPrompt,
+        output_token_ids: Sequence[int] = (),
+    ) -> TextStream:
+        """The text of one choice, begun the way this kind of answer begins; see TextStream for ``output_token_ids``."""
+        raise NotImplementedError
+
+    def sampling_params(self, default_max_tokens: int | None = None) -> SamplingParams:
+        """``default_max_tokens``: where the request names none (completions: not needed). None: what the context leaves.
+
+        Raises InvalidParameterError. Not yet resolved with generation_config.json; without a seed if none was given.
+        """
+        max_tokens = self.given_max_tokens
+        if max_tokens is None:
+            max_tokens = default_max_tokens
+        seed = None if self.seed == -1 else self.seed
+        return SamplingParams(
+            n=self.n,
+            max_tokens=max_tokens,
+            min_tokens=self.min_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=self.logit_bias or None,
+            allowed_token_ids=None if self.allowed_token_ids is None else tuple(self.allowed_token_ids),
+            stop=tuple(self.stop),
+            stop_token_ids=tuple(self.stop_token_ids),
+            include_stop_str_in_output=self.include_stop_str_in_output,
+            ignore_eos=self.ignore_eos,
+            skip_special_tokens=self.skip_special_tokens,
+            logprobs=self.num_logprobs,
+            prompt_logprobs=self.num_prompt_logprobs,
+            seed=None if seed is None else seed % (MAX_SEED + 1),
+        )
+
+    def generate_requests(
+        self, request_id: str, prompt: EncodedPrompt, sampling: SamplingParams
+    ) -> list[GenerateRequest]:
+        """The choices of one prompt. ``sampling`` is resolved and has a seed; ``request_id`` is that prompt's own."""
+        return [
+            GenerateRequest(
+                request_id,
+                prompt.token_ids,
+                sampling,
+                choice_index=i,
+                priority=self.priority,
+                cache_salt=self.cache_salt,
+            )
+            for i in range(self.n)
+        ]
+
+    def check(self, limits: RequestLimits) -> None:
+        if self.n > limits.max_n:
+            raise InvalidParameterError("n", self.n, f"at most {limits.max_n}")
+        for name, limit in (
+            ("stop", limits.max_stop),
+            ("stop_token_ids", limits.max_stop),
+            ("logit_bias", limits.max_bias),
+        ):
+            if (number := len(getattr(self, name))) > limit:
+                raise InvalidParameterError(name, f"{number} entries", f"at most {limit} entries")
+        if self.stream_options is not None and not self.stream:
+            raise InvalidParameterError(
+                "stream_options", self.stream_options.model_dump(), "left out where stream is not true"
+            )
+        max_tokens = self.given_max_tokens
+        if max_tokens is not None and self.min_tokens > max(max_tokens, 1):
+            raise InvalidParameterError("min_tokens", self.min_tokens, f"at most max_tokens ({max_tokens})")
+        if self.allowed_token_ids == []:
+            raise InvalidParameterError("allowed_token_ids", [], "a list of at least one token id")
+
+    @classmethod
+    def _take_names(cls, data: dict[str, Any], path: str = "") -> None:
+        super()._take_names(data, path)
+        if type(options := data.get("stream_options")) is dict:
+            StreamOptions._take_names(options, "stream_options.")
+
+
+class CompletionRequest(GenerationInput):
+    """POST /v1/completions."""
+
+    prompt: Prompts
+    """Text, a list of texts, token ids, or a list of lists of those. Each prompt has n choices, numbered on and on."""
+
+    add_special_tokens: bool = True
+    """Begin a text's ids as the tokenizer would (bos). Ids are taken as they are."""
+
+    echo: bool = False
+    """Begin each choice with its prompt; with logprobs, also those of the prompt. With max_tokens 0, the prompt alone."""
+
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    """Report each token's log-probability, and the likeliest tokens, so many."""
+
+    best_of: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
+    """Must equal n: the best of more are not picked here."""
+
+    unimplemented: ClassVar[Unimplemented] = COMPLETION_UNIMPLEMENTED
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        return self.logprobs if self.echo else None
+
+    @property
+    def shows_prompt_alone(self) -> bool:
+        """max_tokens 0: one token is generated, since an engine does no less, and not shown."""
+        return self.max_tokens == 0
+
+    @property
+    def given_max_tokens(self) -> int | None:
+        return COMPLETION_MAX_TOKENS if self.max_tokens is None else max(self.max_tokens, 1)
+
+    def check(self, limits: RequestLimits) -> None:
+        super().check(limits)
+        if len(self.prompt) > limits.max_prompts:
+            raise InvalidParameterError(
+                "prompt", f"{len(self.prompt)} prompts", f"at most {limits.max_prompts} prompts"
+            )
+        if self.max_tokens == 0 and not self.echo:
+            raise InvalidParameterError("max_tokens", 0, "at least 1 where echo is not true")
+        if self.best_of is not None and self.best_of != self.n:
+            raise UnsupportedParameterError(
+                "best_of", f"is {self.best_of}; it must equal n ({self.n}): this server does not pick the best"
+            )
+
+    def prompts(self, tokenizer: Tokenizer, template: ChatTemplate | None = None) -> list[EncodedPrompt]:
+        encoded = []
+        for i, prompt in enumerate(self.prompt):
+            text = prompt if isinstance(prompt, str) else None
+            ids = tokenizer.encode(prompt, self.add_special_tokens) if isinstance(prompt, str) else prompt
+            if not ids:
+                raise InvalidPromptError(f"prompt {i} has 0 tokens; at least 1 is needed")
+            encoded.append(EncodedPrompt(tuple(ids), text))
+        return encoded
+
+    def text_stream(
+        self,
+        tokenizer: Tokenizer,
+        sampling: SamplingParams,
+        prompt: EncodedPrompt,
+        output_token_ids: Sequence[int] = (),
+    ) -> TextStream:
+        """The answer goes on from a prompt of text, and from an echoed one; ids alone are not read as a text."""
+        goes_on = prompt.text is not None or self.echo
+        return TextStream(tokenizer, sampling, prompt.token_ids if goes_on else (), output_token_ids)
+
+
+class ChatCompletionRequest(GenerationInput, ChatInput):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message]
+    """The conversation. Content is text."""
+
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
+    """The newer name of max_tokens."""
+
+    logprobs: bool = False
+    """Report each token's log-probability."""
+
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    """Report the likeliest tokens, too, so many. Only with logprobs."""
+
+    unimplemented: ClassVar[Unimplemented] = CHAT_UNIMPLEMENTED
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def given_max_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def check(self, limits: RequestLimits) -> None:
+        super().check(limits)
+        self._check_chat(self.messages)
+        if self.max_tokens == 0:
+            raise InvalidParameterError("max_tokens", 0, "at least 1")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise InvalidParameterError(
+                "max_completion_tokens",
+                self.max_completion_tokens,
+                f"equal to max_tokens ({self.max_tokens}), or alone",
+            )
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidParameterError("top_logprobs", self.top_logprobs, "0 where logprobs is not true")
+
+    @classmethod
+    def _take_names(cls, data: dict[str, Any], path: str = "") -> None:
+        super()._take_names(data, path)
+        cls._take_message_names(data)
+
+    def prompts(self, tokenizer: Tokenizer, template: ChatTemplate | None) -> list[EncodedPrompt]:
+        return [_encode_chat(self._render(self.messages, _need(template)), tokenizer, add_special_tokens=False)]
+
+    def text_stream(
+        self,
+        tokenizer: Tokenizer,
+        sampling: SamplingParams,
+        prompt: EncodedPrompt,
+        output_token_ids: Sequence[int] = (),
+    ) -> TextStream:
+        """An answer stands alone, except where it goes on with the last message."""
+        prompt_token_ids = prompt.token_ids if self.continue_final_message else ()
+        return TextStream(tokenizer, sampling, prompt_token_ids, output_token_ids)
+
+
+class TokenizeRequest(ChatInput):
+    """POST /tokenize: a text, or a chat through the template."""
+
+    model: str | None = None
+    """A served name. By default the model that is there."""
+
+    prompt: str | None = None
+    """The text. Either this or messages."""
+
+    messages: list[Message] | None = None
+    """The conversation."""
+
+    add_special_tokens: bool | None = None
+    """Begin the ids as the tokenizer would (bos). By default true for a text, false for a chat."""
+
+    return_token_strs: bool = False
+    """Say also what each token reads as."""
+
+    def check(self, limits: RequestLimits) -> None:
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidParameterError("prompt", self.prompt and "text", "given, or else messages, and not both")
+        if self.messages is not None:
+            self._check_chat(self.messages)
+            return
+        for name in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
+            if getattr(self, name):
+                raise InvalidParameterError(name, getattr(self, name), "left out where there are no messages")
+
+    @classmethod
+    def _take_names(cls, data: dict[str, Any], path: str = "") -> None:
+        super()._take_names(data, path)
+        cls._take_message_names(data)
+
+    def tokens(self, tokenizer: Tokenizer, template: ChatTemplate | None = None) -> list[int]:
+        """The token ids. Raises as GenerationInput.prompts does. Time in proportion to the text."""
+        if self.messages is not None:
+            text = self._render(self.messages, _need(template))
+            return list(_encode_chat(text, tokenizer, add_special_tokens=bool(self.add_special_tokens)).token_ids)
+        assert self.prompt is not None
+        return tokenizer.encode(self.prompt, self.add_special_tokens is not False)
+
+
+class DetokenizeRequest(RequestModel):
+    """POST /detokenize."""
+
+    model: str | None = None
+    """A served name. By default the model that is there."""
+
+    tokens: TokenIds
+    """Token ids. Special ones show in the text."""
+
+
+def default_chat_max_tokens(num_prompt_tokens: int, max_model_len: int, configured: int) -> int:
+    """max_tokens of a chat that names none: what the context leaves, up to the configured number; at least 1, for the
+    prompt that leaves nothing is refused elsewhere, and by its length."""
+    return max(1, min(configured, max_model_len - num_prompt_tokens))
+
+
+def _need(template: ChatTemplate | None) -> ChatTemplate:
+    if template is None:
+        raise InvalidParameterError("messages", None, "left out: this model has no chat template; use /v1/completions")
+    return template
+
+
+def _encode_chat(text: str, tokenizer: Tokenizer, *, add_special_tokens: bool) -> EncodedPrompt:
+    """The template has written bos itself, if the model wants one."""
+    ids = tokenizer.encode(text, add_special_tokens)
+    if not ids:
+        raise InvalidPromptError("the chat template made a prompt of 0 tokens; at least 1 is needed")
+    return EncodedPrompt(tuple(ids), text)
+
+
+# ---- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def parse_json(body: bytes) -> dict[str, Any]:
+    """The JSON object in a body. Raises InvalidBodyError: not UTF-8, broken, no object, a name given twice in one object,
+    more than MAX_DEPTH deep, NaN or Infinity, thousands of digits, an unpaired surrogate."""
+    if not body.strip():
+        raise InvalidBodyError("the body is empty; it must be a JSON object")
+    try:
+        text = body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidBodyError(
+            f"the body is not valid UTF-8: byte 0x{body[error.start]:02x} at position {error.start}"
+        ) from error
+    try:
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        raise InvalidBodyError(
+            f"the body is not valid JSON: {error.msg}, line {error.lineno} column {error.colno}"
+        ) from error
+    except ValueError as error:  # an integer of thousands of digits, which Python refuses to read
+        raise InvalidBodyError("the body is not valid JSON: a number has too many digits") from error
+    except RecursionError as error:
+        raise InvalidBodyError(f"the body is nested more than {MAX_DEPTH} deep") from error
+    if type(value) is not dict:
+        raise InvalidBodyError(f"the body is {shown(value)}; it must be a JSON object")
+    if body.count(b"[") + body.count(b"{") > MAX_DEPTH:
+        _check_depth(value)
+    if re.search(rb"\\u[dD][89a-fA-F]", body):
+        _check_surrogates(value)
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Two values under one name: which one a client meant nobody knows, and parsers differ."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise InvalidBodyError(f"the name {shown(name)} is given twice in one object")
+            seen.add(name)
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise InvalidBodyError(f"the body is not valid JSON: {name} is no number in JSON")
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            child
+            for container in level
+            for child in (container.values() if type(container) is dict else container)
+            if type(child) is dict or type(child) is list
+        ]
+        if not level:
+            return
+    raise InvalidBodyError(f"the body is nested more than {MAX_DEPTH} deep")
+
+
+def _check_surrogates(value: Any) -> None:
+    """JSON can spell half a character. Nothing that reads text later expects it."""
+    for path, text in _strings(value, ()):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InvalidBodyError(
+                f"{path_of(path) or 'a name'} holds an unpaired surrogate, U+{ord(text[error.start]):04X}, at character"
+                f" {error.start}; it must be valid Unicode"
+            ) from error
+
+
+def _strings(value: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    if type(value) is str:
+        yield path, value
+    elif type(value) is list:
+        for i, child in enumerate(value):
+            yield from _strings(child, (*path, i))
+    elif type(value) is dict:
+        for name, child in value.items():
+            yield path, name
+            yield from _strings(child, (*path, name))
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    """Equal, and of one kind: true is not 1."""
+    number = type(value) is int and type(neutral) is float
+    return (number or type(value) is type(neutral)) and value == neutral

@@ -1,0 +1,318 @@
+"""Bad requests as data: what is sent, and the refusal that is due. Knows nothing of the server; no tests.
+
+`level` says what refuses: "protocol" (the request models alone), "engine" (a prompt or an id that this model cannot have),
+"route" (path, method, key, size, served names), "connection" (the client goes away; nobody is left to be answered).
+For engine, the model's vocabulary and context are taken to be smaller than a million.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+COMPLETIONS, CHAT, TOKENIZE, DETOKENIZE = "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"
+MESSAGES = [{"role": "user", "content": "hello"}]
+
+
+@dataclass(frozen=True)
+class Abuse:
+    name: str
+    path: str
+    body: bytes | Callable[[], bytes]
+    """Large bodies are made when they are needed."""
+    status: int | None
+    """None: the client is not there to see it."""
+    code: str | None = None
+    param: str | None = None
+    level: Literal["protocol", "engine", "route", "connection"] = "protocol"
+    method: str = "POST"
+    headers: Mapping[str, str] = field(default_factory=lambda: {"content-type": "application/json"})
+    needs_keys: bool = False
+    """Only against a server that asks for API keys; such a server gets a right key with all others."""
+    leaves: Literal["", "in headers", "in body", "before answer", "in stream", "after first byte"] = ""
+    """Where the client goes away, or turns silent and then goes away."""
+
+    def made_body(self) -> bytes:
+        return self.body() if callable(self.body) else self.body
+
+
+def completion(**fields: Any) -> bytes:
+    return json.dumps({"prompt": "hello", "max_tokens": 4, **fields}).encode()
+
+
+def chat(**fields: Any) -> bytes:
+    return json.dumps({"messages": MESSAGES, "max_tokens": 4, **fields}).encode()
+
+
+def message(**fields: Any) -> bytes:
+    return json.dumps({"messages": [fields]}).encode()
+
+
+def _bad(name: str, fields: dict[str, Any], param: str, code: str = "invalid_parameter") -> Abuse:
+    return Abuse(name, COMPLETIONS, completion(**fields), 400, code, param)
+
+
+def _bad_chat(name: str, body: bytes, param: str, code: str = "invalid_parameter") -> Abuse:
+    return Abuse(name, CHAT, body, 400, code, param)
+
+
+def _bad_body(name: str, body: bytes | Callable[[], bytes], path: str = COMPLETIONS) -> Abuse:
+    return Abuse(name, path, body, 400, "invalid_body")
+
+
+ABUSES: tuple[Abuse, ...] = (
+    # ---- what is no JSON object
+    _bad_body("empty body", b""),
+    _bad_body("white space", b" \r\n\t "),
+    _bad_body("broken JSON", b'{"prompt": "hello"'),
+    _bad_body("trailing comma", b'{"prompt": "hello",}'),
+    _bad_body("two objects", b'{"prompt": "hello"}{}'),
+    _bad_body("single quotes", b"{'prompt': 'hello'}"),
+    _bad_body("comment", b'{"prompt": "hello" /* hi */}'),
+    _bad_body("form data", b"prompt=hello&max_tokens=3"),
+    _bad_body("a list", b"[]", CHAT),
+    _bad_body("a string", b'"hello"'),
+    _bad_body("null", b"null"),
+    _bad_body("bad UTF-8", b'{"prompt": "\xff\xfe"}'),
+    _bad_body("overlong UTF-8", b'{"prompt": "\xc0\xaf"}'),
+    _bad_body("UTF-8 cut in a character", b'{"prompt": "\xe6\x9d"}'),
+    _bad_body("UTF-16", '{"prompt": "hello"}'.encode("utf-16")),
+    _bad_body("byte order mark", b"\xef\xbb\xbf" + completion()),
+    _bad_body("raw null byte in a string", b'{"prompt": "a\x00b"}'),
+    _bad_body("null bytes", b"\x00" * 100),
+    _bad_body("unpaired surrogate", b'{"prompt": "a\\ud800b"}'),
+    _bad_body("unpaired surrogate in a chat", b'{"messages": [{"role": "user", "content": "\\uDFFF"}]}', CHAT),
+    _bad_body("unpaired surrogate in a name", b'{"prompt": "a", "\\udc00": 1}'),
+    _bad_body("NaN", b'{"prompt": "a", "temperature": NaN}'),
+    _bad_body("Infinity", b'{"prompt": "a", "temperature": -Infinity}'),
+    _bad_body("thousands of digits", b'{"prompt": "a", "max_tokens": 1' + b"0" * 5000 + b"}"),
+    _bad_body("a name given twice", b'{"prompt": "a", "n": 1, "n": 2}'),
+    _bad_body("a name given twice inside", b'{"messages": [{"role": "user", "role": "user", "content": "a"}]}', CHAT),
+    _bad_body("100,000 lists deep", lambda: b"[" * 100_000),
+    _bad_body("objects without end", lambda: b'{"a":' * 50_000),
+    _bad_body("closed, and 500 deep", b'{"prompt": ' + b"[" * 500 + b"]" * 500 + b"}"),
+    # ---- names
+    _bad("unknown field", {"temprature": 1}, "temprature", "unknown_parameter"),
+    _bad("unknown field, null", {"temprature": None}, "temprature", "unknown_parameter"),
+    _bad("name in capitals", {"Temperature": 1}, "Temperature", "unknown_parameter"),
+    _bad("suffix", {"suffix": "the end"}, "suffix", "unsupported_parameter"),
+    _bad("best_of", {"best_of": 3}, "best_of", "unsupported_parameter"),
+    _bad("beam search", {"use_beam_search": True}, "use_beam_search", "unsupported_parameter"),
+    _bad("guided decoding", {"guided_regex": "a*"}, "guided_regex", "unsupported_parameter"),
+    _bad("store", {"store": True}, "store", "unsupported_parameter"),
+    _bad("service_tier", {"service_tier": "flex"}, "service_tier", "unsupported_parameter"),
+    _bad_chat("tools", chat(tools=[{"type": "function"}]), "tools", "unsupported_parameter"),
+    _bad_chat(
+        "response_format", chat(response_format={"type": "json_object"}), "response_format", "unsupported_parameter"
+    ),
+    _bad_chat("audio", chat(modalities=["text", "audio"]), "modalities", "unsupported_parameter"),
+    _bad_chat("reasoning_effort", chat(reasoning_effort="high"), "reasoning_effort", "unsupported_parameter"),
+    _bad_chat("a template of the client", chat(chat_template="{{ 1 }}"), "chat_template", "unsupported_parameter"),
+    # ---- types and ranges
+    Abuse("no prompt", COMPLETIONS, b"{}", 400, "missing_parameter", "prompt"),
+    Abuse("prompt is null", COMPLETIONS, b'{"prompt": null}', 400, "missing_parameter", "prompt"),
+    Abuse("no messages", CHAT, b"{}", 400, "missing_parameter", "messages"),
+    Abuse("chat sent to completions", COMPLETIONS, chat(), 400, "unknown_parameter", "messages"),
+    _bad("prompt is a number", {"prompt": 5}, "prompt"),
+    _bad("prompt is an object", {"prompt": {"text": "a"}}, "prompt"),
+    _bad("prompt is an empty list", {"prompt": []}, "prompt"),
+    _bad("prompts of two kinds", {"prompt": ["a", 1]}, "prompt[1]"),
+    _bad("a token id is true", {"prompt": [1, True]}, "prompt[1]"),
+    _bad("a token id is a float", {"prompt": [1, 2.0]}, "prompt[1]"),
+    _bad("a token id is negative", {"prompt": [[1], [2, -3]]}, "prompt[1][1]"),
+    _bad("a token id is beyond int32", {"prompt": [2**40]}, "prompt[0]"),
+    _bad("an empty list of ids", {"prompt": [[1], []]}, "prompt[1]"),
+    _bad("lists in lists in lists", {"prompt": [[[1]]]}, "prompt[0][0]"),
+    _bad("n is 0", {"n": 0}, "n"),
+    _bad("n is huge", {"n": 1_000_000}, "n"),
+    _bad("n is true", {"n": True}, "n"),
+    _bad("n is a string", {"n": "1"}, "n"),
+    _bad("n is a float", {"n": 1.0}, "n"),
+    _bad("max_tokens is 0", {"max_tokens": 0}, "max_tokens"),
+    _bad("max_tokens is negative", {"max_tokens": -1}, "max_tokens"),
+    _bad("max_tokens is beyond int32", {"max_tokens": 10**30}, "max_tokens"),
+    _bad("min_tokens above max_tokens", {"min_tokens": 5}, "min_tokens"),
+    _bad("temperature is negative", {"temperature": -0.1}, "temperature"),
+    _bad("top_p is 2", {"top_p": 2}, "top_p"),
+    Abuse(
+        "no float holds it",
+        COMPLETIONS,
+        b'{"prompt": "a", "temperature": 1e999}',
+        400,
+        "invalid_parameter",
+        "temperature",
+    ),
+    _bad("temperature is a long integer", {"temperature": 10**400}, "temperature"),
+    _bad("top_p is 0", {"top_p": 0}, "top_p"),
+    _bad("top_k is -2", {"top_k": -2}, "top_k"),
+    _bad("top_k is beyond int32", {"top_k": 10**20}, "top_k"),
+    _bad("min_p above 1", {"min_p": 1.5}, "min_p"),
+    _bad("repetition_penalty is 0", {"repetition_penalty": 0}, "repetition_penalty"),
+    _bad("presence_penalty is 3", {"presence_penalty": 3}, "presence_penalty"),
+    _bad("frequency_penalty is a list", {"frequency_penalty": [1]}, "frequency_penalty"),
+    _bad("logprobs is true", {"logprobs": True}, "logprobs"),
+    _bad("logprobs is huge", {"logprobs": 1000}, "logprobs"),
+    _bad("echo is 1", {"echo": 1}, "echo"),
+    _bad("stream is a string", {"stream": "true"}, "stream"),
+    _bad("stop is a number", {"stop": 5}, "stop"),
+    _bad("a stop string is empty", {"stop": ["a", ""]}, "stop[1]"),
+    _bad("too many stop strings", {"stop": [str(i) for i in range(1000)]}, "stop"),
+    _bad("a stop token id is a string", {"stop_token_ids": ["5"]}, "stop_token_ids[0]"),
+    _bad("logit_bias is a list", {"logit_bias": [1]}, "logit_bias"),
+    _bad("logit_bias names a word", {"logit_bias": {"hello": 1}}, 'logit_bias["hello"]'),
+    _bad("logit_bias is too strong", {"logit_bias": {"5": 101}}, "logit_bias[5]"),
+    _bad("too many bias entries", {"logit_bias": {str(i): 1 for i in range(5000)}}, "logit_bias"),
+    _bad("too many prompts", {"prompt": ["a"] * 5000}, "prompt"),
+    _bad("seed is beyond 64 bits", {"seed": 2**64}, "seed"),
+    _bad("stream_options without stream", {"stream_options": {}}, "stream_options"),
+    _bad(
+        "unknown stream option",
+        {"stream": True, "stream_options": {"usage": True}},
+        "stream_options.usage",
+        "unknown_parameter",
+    ),
+    _bad("cache_salt is long", {"cache_salt": "s" * 5000}, "cache_salt"),
+    _bad("request_id has a line end", {"request_id": "a\r\nset-cookie: b"}, "request_id"),
+    _bad("request_id has a null byte", {"request_id": "a\x00"}, "request_id"),
+    _bad("a megabyte of name", {"x" * 1_000_000: 1}, "x" * 77 + "...", "unknown_parameter"),
+    _bad("a megabyte where a number belongs", {"n": "9" * 1_000_000}, "n"),
+    _bad_chat("no message", chat(messages=[]), "messages"),
+    _bad_chat("messages is a string", chat(messages="hello"), "messages"),
+    _bad_chat("a message is a string", chat(messages=["hello"]), "messages[0]"),
+    _bad_chat("unknown role", message(role="robot", content="a"), "messages[0].role"),
+    _bad_chat("no role", message(content="a"), "messages[0].role", "missing_parameter"),
+    _bad_chat("no content", message(role="user"), "messages[0].content"),
+    _bad_chat("content is a number", message(role="user", content=5), "messages[0].content"),
+    _bad_chat("an image", message(role="user", content=[{"type": "image_url"}]), "messages[0].content[0].type"),
+    _bad_chat("a part without text", message(role="user", content=[{"type": "text"}]), "messages[0].content[0].text"),
+    _bad_chat("a part is a string", message(role="user", content=["a"]), "messages[0].content[0]"),
+    _bad_chat(
+        "unknown field of a message",
+        message(role="user", content="a", mood="bad"),
+        "messages[0].mood",
+        "unknown_parameter",
+    ),
+    _bad_chat(
+        "tool calls", message(role="assistant", tool_calls=[{}]), "messages[0].tool_calls", "unsupported_parameter"
+    ),
+    _bad_chat("top_logprobs alone", chat(top_logprobs=3), "top_logprobs"),
+    _bad_chat("logprobs is a number", chat(logprobs=3), "logprobs"),
+    _bad_chat("max_tokens with two values", chat(max_completion_tokens=5), "max_completion_tokens"),
+    _bad_chat(
+        "a prompt that both ends and goes on",
+        chat(continue_final_message=True, add_generation_prompt=True),
+        "add_generation_prompt",
+    ),
+    _bad_chat("template arguments as a string", chat(chat_template_kwargs="a"), "chat_template_kwargs"),
+    Abuse("nothing to tokenize", TOKENIZE, b"{}", 400, "invalid_parameter", "prompt"),
+    Abuse("tokenize a number", TOKENIZE, b'{"prompt": 5}', 400, "invalid_parameter", "prompt"),
+    Abuse("detokenize text", DETOKENIZE, b'{"tokens": "a"}', 400, "invalid_parameter", "tokens"),
+    Abuse("detokenize a negative id", DETOKENIZE, b'{"tokens": [1, -1]}', 400, "invalid_parameter", "tokens[1]"),
+    Abuse("detokenize nothing", DETOKENIZE, b"{}", 400, "missing_parameter", "tokens"),
+    # ---- what this model cannot have
+    Abuse(
+        "empty prompt text",
+        COMPLETIONS,
+        completion(prompt="", add_special_tokens=False),
+        400,
+        "invalid_prompt",
+        level="engine",
+    ),
+    Abuse(
+        "an id outside the vocabulary",
+        COMPLETIONS,
+        completion(prompt=[5, 1_000_000]),
+        400,
+        "invalid_prompt",
+        level="engine",
+    ),
+    Abuse(
+        "a bias outside the vocabulary",
+        COMPLETIONS,
+        completion(logit_bias={"1000000": 1}),
+        400,
+        "invalid_parameter",
+        "logit_bias",
+        level="engine",
+    ),
+    Abuse(
+        "a prompt longer than the context",
+        COMPLETIONS,
+        lambda: completion(prompt=[5] * 1_000_000),
+        400,
+        "context_length_exceeded",
+        level="engine",
+    ),
+    Abuse(
+        "a long text in a chat",
+        CHAT,
+        lambda: chat(messages=[{"role": "user", "content": "hello " * 300_000}]),
+        400,
+        "context_length_exceeded",
+        level="engine",
+    ),
+    # ---- path, method, key, size, model
+    Abuse("unknown path", "/v1/compleations", completion(), 404, "not_found", level="route"),
+    Abuse("path with a line end", "/v1/completions%0d%0a", completion(), 404, "not_found", level="route"),
+    Abuse("climbing path", "/v1/../../etc/passwd", b"", 404, "not_found", level="route", method="GET"),
+    Abuse("GET a completion", COMPLETIONS, b"", 405, "method_not_allowed", level="route", method="GET"),
+    Abuse("DELETE a chat", CHAT, b"", 405, "method_not_allowed", level="route", method="DELETE"),
+    Abuse("POST to models", "/v1/models", b"{}", 405, "method_not_allowed", level="route"),
+    Abuse("wrong model", COMPLETIONS, completion(model="gpt-17"), 404, "model_not_found", "model", level="route"),
+    Abuse("wrong model in a chat", CHAT, chat(model="gpt-17"), 404, "model_not_found", "model", level="route"),
+    Abuse(
+        "wrong model asked for", "/v1/models/gpt-17", b"", 404, "model_not_found", "model", level="route", method="GET"
+    ),
+    Abuse("10 MB body", COMPLETIONS, lambda: completion(prompt="a" * 10_000_000), 413, "body_too_large", level="route"),
+    Abuse("no key", COMPLETIONS, completion(), 401, "invalid_api_key", level="route", needs_keys=True),
+    Abuse(
+        "wrong key",
+        CHAT,
+        chat(),
+        401,
+        "invalid_api_key",
+        level="route",
+        headers={"content-type": "application/json", "authorization": "Bearer wrong"},
+        needs_keys=True,
+    ),
+    Abuse(
+        "key in the wrong scheme",
+        "/v1/models",
+        b"",
+        401,
+        "invalid_api_key",
+        level="route",
+        method="GET",
+        headers={"authorization": "Basic d3Jvbmc6a2V5"},
+        needs_keys=True,
+    ),
+    # ---- clients that go away
+    Abuse("leaves in its headers", COMPLETIONS, completion(), None, level="connection", leaves="in headers"),
+    Abuse("leaves in its body", COMPLETIONS, completion(), None, level="connection", leaves="in body"),
+    Abuse(
+        "leaves before the answer",
+        COMPLETIONS,
+        completion(max_tokens=50),
+        None,
+        level="connection",
+        leaves="before answer",
+    ),
+    Abuse(
+        "leaves after the first byte",
+        CHAT,
+        chat(max_tokens=50, stream=True),
+        None,
+        level="connection",
+        leaves="after first byte",
+    ),
+    Abuse(
+        "leaves in the stream",
+        COMPLETIONS,
+        completion(max_tokens=50, stream=True, n=4),
+        None,
+        level="connection",
+        leaves="in stream",
+    ),
+)
