@@ -98,7 +98,9 @@ ORDER: tuple[tuple[str, Room], ...] = (
     # the service
     ("config.py", SERVICE),
     ("metrics.py", SERVICE),
+    ("api/error_response.py", SERVICE),
     ("api/protocol.py", SERVICE),
+    ("api/answers.py", SERVICE),
     ("routing/router.py", SERVICE),
     ("routing/targeted_router.py", SERVICE),
     ("replica/channel.py", SERVICE),
