@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from serve_app.errors import ConfigurationError, ModelNotFoundError, WeightsError
+from serve_app.errors import WeightsError
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -32,7 +32,6 @@ HEAD = "lm_head.weight"
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
 _HARMLESS_SUFFIX = "rotary_emb.inv_freq"  # old checkpoints store what follows from the config
-_HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.tiktoken", "vocab.txt", "merges.txt")
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FINGERPRINT_SAMPLE = 256
 
@@ -48,34 +47,6 @@ class WeightSource(Protocol):
 
     def finish(self) -> None:
         """Call when every parameter is set. Raises WeightsError if something was left over."""
-
-
-def resolve_model(model: str | Path, revision: str | None = None) -> Path:
-    """The directory of a model: ``model`` itself if it is one, else a snapshot of the hub repository of that name.
-
-    The hub's own environment counts (HF_TOKEN, HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT), and what is in its cache is not
-    loaded again. Raises ModelNotFoundError naming ``model``, and ConfigurationError for a revision of a directory.
-    """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        if revision is not None:
-            raise ConfigurationError(
-                f"revision is {revision!r}, but model {str(model)!r} is a directory, which has none"
-            )
-        return path
-    name = str(model)
-    if path.is_absolute() or name.startswith(("~", ".")) or name.count("/") > 1:
-        raise ModelNotFoundError(f"model {name!r} is not a directory")
-    # Slow to import, and a model in a directory needs none of it.
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_HUB_PATTERNS)))
-    except Exception as error:  # hub, HTTP, cache and validation errors have no common root
-        at = "" if revision is None else f" at revision {revision!r}"
-        raise ModelNotFoundError(
-            f"model {name!r}{at} is neither a directory nor can it be had from the hub: {type(error).__name__}: {error}"
-        ) from error
 
 
 class WeightLoader:

@@ -17,12 +17,13 @@ from serve_app.engine.config import EngineConfig
 from serve_app.engine.request import TokenLogprobs
 from serve_app.engine.scheduler import Key, SchedulerOutput
 from serve_app.errors import ConfigurationError, DeterminismError
+from serve_app.hub import resolve_model
 from serve_app.kernels import cpu, ops
 from serve_app.kernels.simd import LANES
 from serve_app.logs import get_logger
 from serve_app.models.decoder import Decoder
 from serve_app.models.decoder_config import DecoderConfig, load_model_config
-from serve_app.models.weights import DummyWeights, WeightLoader, resolve_model, weights_fingerprint
+from serve_app.models.weights import DummyWeights, WeightLoader, weights_fingerprint
 from serve_app.runner import numerics
 from serve_app.runner.batch import Batch, BatchBuilder
 from serve_app.runner.kv_cache import KVCache, describe, num_blocks_that_fit

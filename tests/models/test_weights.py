@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from serve_app.errors import ConfigurationError, ModelNotFoundError, WeightsError
-from serve_app.models.weights import EMBEDDING, HEAD, DummyWeights, WeightLoader, resolve_model, weights_fingerprint
+from serve_app.hub import resolve_model
+from serve_app.models.weights import EMBEDDING, HEAD, DummyWeights, WeightLoader, weights_fingerprint
 
 
 def tensors() -> dict[str, torch.Tensor]:
