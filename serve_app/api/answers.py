@@ -1,0 +1,522 @@
+"""From deltas to the bytes of an answer: events of a stream or one JSON body, of a completion or a chat. Knows OpenAI's
+shapes and the fields of a request that shape its answer; knows no engine, no route and no clock.
+
+One `Answer` is made for each HTTP request. For each output of each choice the caller pushes what TextStream made of it, and
+sends the bytes that come back, if any; at the end it sends `end()`. Streamed or whole, completion or chat, it is the same:
+
+    answer = make_answer(request, request_id=..., created=..., model=..., prompts=..., token_texts=...)
+    for each output: data = answer.push(prompt_index, text_stream.push(...), output)
+    last = answer.end()
+
+Choices of prompt p are numbered p * n to p * n + n - 1. Errors are the caller's: it ends a stream with `error_event`.
+
+A chunk, as JSON without spaces and in ASCII (a reader that takes U+2028 for the end of a line cannot break it):
+
+    {"id", "object", "created", "model", ["system_fingerprint"], "choices": [choice], ["prompt_token_ids"], ["usage"]}
+    choice: {"index", "text" or "delta", "logprobs", "finish_reason", ["stop_reason"], ["prompt_token_ids"], ["token_ids"]}
+
+In brackets what is there only when asked for, or with the finish reason. Tokens whose text is still held back make no event,
+unless logprobs or token ids were asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from json.encoder import encode_basestring_ascii
+from typing import Any
+
+from serve_app.api.protocol import ChatCompletionRequest, CompletionRequest, EncodedPrompt
+from serve_app.engine.request import FinishReason, TokenLogprobs, TokenOutput
+from serve_app.text.detokenizer import REPLACEMENT, IncrementalDetokenizer
+from serve_app.text.text_stream import TextDelta
+from serve_app.text.tokenizer import Tokenizer
+
+DONE = b"data: [DONE]\n\n"
+"""Last event of every stream that went well."""
+
+MIN_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON cannot spell (as in vLLM)."""
+
+
+class TokenTexts:
+    """What single tokens read as, for logprobs. Remembers every token it was asked for: one for each tokenizer, please."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
+        self._anchor_text = tokenizer.decode(self._anchor, skip_special_tokens=False)
+        self._texts: dict[int, str] = {}
+        self._utf8: dict[int, list[int]] = {}
+
+    def text(self, token_id: int) -> str:
+        """The token in the middle of a text (sentencepiece drops the space of a first word). A part of a character
+        reads as U+FFFD; an id without a token as nothing."""
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = self._read(token_id)
+        return text
+
+    def utf8(self, token_id: int) -> list[int]:
+        """The token's own bytes, in UTF-8; also of one that is only a part of a character."""
+        found = self._utf8.get(token_id)
+        if found is None:
+            found = self._utf8[token_id] = list(self._read_utf8(token_id))
+        return found
+
+    def _read(self, token_id: int) -> str:
+        if self.tokenizer.id_to_token(token_id) is None:
+            return ""
+        both = self.tokenizer.decode([*self._anchor, token_id], skip_special_tokens=False)
+        if both.startswith(self._anchor_text):
+            return both[len(self._anchor_text) :]
+        return self.tokenizer.decode([token_id], skip_special_tokens=False)
+
+    def _read_utf8(self, token_id: int) -> bytes:
+        text, token = self.text(token_id), self.tokenizer.id_to_token(token_id) or ""
+        if token_id in self.tokenizer.byte_fallback_ids:
+            return bytes([int(token[3:5], 16)])  # "<0xE6>"
+        if REPLACEMENT in text and all(character in _BYTE_OF for character in token):
+            # Byte-level vocabularies spell a byte as a character. It is one of them if the bytes read as the text does.
+            raw = bytes(_BYTE_OF[character] for character in token)
+            if raw.decode("utf-8", errors="replace") == text:
+                return raw
+        return text.encode("utf-8")
+
+
+def _bytes_of_characters() -> dict[str, int]:
+    """GPT-2's spelling of bytes (bytes_to_unicode in its encoder.py): what prints is itself, the rest is U+0100 on."""
+    printing = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printing]
+    return {chr(byte): byte for byte in printing} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _bytes_of_characters()
+
+
+# ---- the two formats -------------------------------------------------------------------------------------------------
+
+
+class Format:
+    """Where completions and chat differ."""
+
+    id_prefix: str
+    chunk_object: str
+    whole_object: str
+    text_name: str
+    """The name that stands before the text of a chunk."""
+    prompt_ids_in_choice: bool
+    """Whether prompt_token_ids stand in the choice, or beside the choices (as in vLLM)."""
+
+    def chunk_text(self, text: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def first_text(self) -> dict[str, Any] | None:
+        """What an event before all others says of a choice; None: there is none."""
+        return None
+
+    def whole_text(self, text: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def logprobs(
+        self,
+        token_ids: Sequence[int],
+        entries: Sequence[TokenLogprobs | None],
+        offsets: Sequence[int],
+        token_texts: TokenTexts,
+    ) -> dict[str, list[Any]]:
+        """Lists with one entry for each token. ``offsets``: characters of the answer before each; empty for chats."""
+        raise NotImplementedError
+
+
+class CompletionFormat(Format):
+    id_prefix = "cmpl-"
+    chunk_object = whole_object = "text_completion"
+    text_name = "text"
+    prompt_ids_in_choice = True
+
+    def chunk_text(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def whole_text(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def logprobs(
+        self,
+        token_ids: Sequence[int],
+        entries: Sequence[TokenLogprobs | None],
+        offsets: Sequence[int],
+        token_texts: TokenTexts,
+    ) -> dict[str, list[Any]]:
+        """The first token of a prompt has no entry. top_logprobs has the token itself beside the likeliest; of tokens
+        that read the same, the likelier one."""
+        read = token_texts.text
+        tops: list[dict[str, float] | None] = []
+        for entry in entries:
+            top = None if entry is None else {read(entry.token_id): _finite(entry.logprob)}
+            for token_id, logprob in () if entry is None else entry.top:
+                assert top is not None
+                top.setdefault(read(token_id), _finite(logprob))
+            tops.append(top)
+        return {
+            "text_offset": list(offsets),
+            "token_logprobs": [None if entry is None else _finite(entry.logprob) for entry in entries],
+            "tokens": [read(token_id) for token_id in token_ids],
+            "top_logprobs": tops,
+        }
+
+
+class ChatFormat(Format):
+    id_prefix = "chatcmpl-"
+    chunk_object = "chat.completion.chunk"
+    whole_object = "chat.completion"
+    text_name = "content"
+    prompt_ids_in_choice = False
+
+    def chunk_text(self, text: str) -> dict[str, Any]:
+        return {"delta": {"content": text} if text else {}}
+
+    def first_text(self) -> dict[str, Any] | None:
+        return {"delta": {"role": "assistant", "content": ""}}
+
+    def whole_text(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def logprobs(
+        self,
+        token_ids: Sequence[int],
+        entries: Sequence[TokenLogprobs | None],
+        offsets: Sequence[int],
+        token_texts: TokenTexts,
+    ) -> dict[str, list[Any]]:
+        def describe(token_id: int, logprob: float) -> dict[str, Any]:
+            text, raw = token_texts.text(token_id), token_texts.utf8(token_id)
+            return {"token": text, "logprob": _finite(logprob), "bytes": raw}
+
+        return {
+            "content": [
+                {**describe(entry.token_id, entry.logprob), "top_logprobs": [describe(*top) for top in entry.top]}
+                for entry in entries
+                if entry is not None
+            ]
+        }
+
+
+# ---- answers ---------------------------------------------------------------------------------------------------------
+
+
+class _Choice:
+    """What an answer knows of one choice."""
+
+    def __init__(self, index: int, prompt_index: int) -> None:
+        self.index = index
+        self.prompt_index = prompt_index
+        self.num_tokens = 0
+        self.has_begun = False
+        self.finish_reason: str | None = None
+        self.stop_reason: str | int | None = None
+        self.before = ""
+        """JSON around a plain delta of text; empty while an event must be made in full."""
+        self.behind = ""
+        self.offsets: IncrementalDetokenizer | None = None
+        """Counts characters, where logprobs say where each token begins."""
+        self.num_chars = 0
+        # A whole answer collects:
+        self.texts: list[str] = []
+        self.token_ids: list[int] = []
+        self.logprobs: dict[str, list[Any]] | None = None
+
+
+class Answer:
+    """One HTTP answer in the making. Made by `make_answer`."""
+
+    media_type: str
+
+    def __init__(
+        self,
+        format: Format,
+        request: CompletionRequest | ChatCompletionRequest,
+        head: dict[str, Any],
+        prompts: Sequence[EncodedPrompt],
+        token_texts: TokenTexts,
+    ) -> None:
+        self._format = format
+        self._request = request
+        self._head = head
+        self._prompts = prompts
+        self._token_texts = token_texts
+        self._n = request.n
+        self._choices = [_Choice(i, i // request.n) for i in range(len(prompts) * request.n)]
+        self._num_cached_tokens = [0] * len(prompts)
+        self._num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+        self._echo = isinstance(request, CompletionRequest) and request.echo
+        self._prompt_alone = isinstance(request, CompletionRequest) and request.shows_prompt_alone
+        self._stop_token_ids = frozenset(request.stop_token_ids)
+
+    @property
+    def has_ended(self) -> bool:
+        """Every choice has its finish reason."""
+        return all(choice.finish_reason is not None for choice in self._choices)
+
+    def push(self, prompt_index: int, delta: TextDelta, output: TokenOutput) -> bytes:
+        """Takes one output of one choice, and the text that it made. Returns what to send now: events, or nothing.
+
+        The delta decides how many of the output's tokens count and whether the choice has ended. Outputs that come after
+        its end change nothing.
+        """
+        choice = self._choices[prompt_index * self._n + output.choice_index]
+        if choice.before and delta.finish_reason is None:
+            choice.num_tokens += delta.num_tokens
+            text = delta.text
+            return (choice.before + encode_basestring_ascii(text) + choice.behind).encode("ascii") if text else b""
+        if choice.finish_reason is not None:
+            return b""
+        return self._take(choice, delta, output)
+
+    def end(self) -> bytes:
+        """The last bytes: of a stream, the usage if asked for and [DONE]; else the whole body."""
+        raise NotImplementedError
+
+    def usage(self) -> dict[str, Any]:
+        """Tokens so far. Each prompt counts once, whatever n; cached are those that the prefix cache had."""
+        num_completion_tokens = sum(choice.num_tokens for choice in self._choices)
+        return {
+            "prompt_tokens": self._num_prompt_tokens,
+            "completion_tokens": num_completion_tokens,
+            "total_tokens": self._num_prompt_tokens + num_completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(self._num_cached_tokens)},
+        }
+
+    def _take(self, choice: _Choice, delta: TextDelta, output: TokenOutput) -> bytes:
+        """An output in full: with its logprobs, its ids, its end."""
+        prompt = self._prompts[choice.prompt_index]
+        text, num_tokens, finish_reason = delta.text, delta.num_tokens, delta.finish_reason
+        stop_reason: str | int | None = delta.stop_string
+        if stop_reason is None and output.stop_token_id in self._stop_token_ids:
+            stop_reason = output.stop_token_id
+        if self._prompt_alone and finish_reason in (None, FinishReason.STOP, FinishReason.LENGTH):
+            text, num_tokens, finish_reason, stop_reason = "", 0, FinishReason.LENGTH, None
+        is_first, choice.has_begun = not choice.has_begun, True
+        if is_first and output.choice_index == 0:
+            self._num_cached_tokens[choice.prompt_index] = output.num_cached_tokens
+        choice.num_tokens += num_tokens
+        if finish_reason is not None:
+            choice.finish_reason = str(finish_reason)
+            choice.stop_reason = stop_reason if finish_reason is FinishReason.STOP else None
+
+        token_ids = output.token_ids[:num_tokens]
+        logprobs = None
+        if self._request.num_logprobs is not None:
+            logprobs = self._logprobs(choice, token_ids, output, is_first=is_first)
+        if is_first and self._echo:
+            text = self._prompt_text(prompt) + text
+        return self._give(choice, text, token_ids, logprobs, is_first=is_first)
+
+    def _logprobs(
+        self, choice: _Choice, token_ids: Sequence[int], output: TokenOutput, *, is_first: bool
+    ) -> dict[str, list[Any]]:
+        """Of the tokens that this output shows; with the first one, and echo, also of the prompt."""
+        prompt = self._prompts[choice.prompt_index]
+        entries: list[TokenLogprobs | None] = list((output.logprobs or ())[: len(token_ids)])
+        shown_ids, offsets = list(token_ids), []
+        if isinstance(self._format, CompletionFormat):
+            tokenizer, skip = self._token_texts.tokenizer, self._request.skip_special_tokens
+            if is_first and self._echo:
+                num_chars = len(self._prompt_text(prompt))
+                shown_ids = [*prompt.token_ids, *token_ids]
+                entries = [*(output.prompt_logprobs or [None] * len(prompt.token_ids)), *entries]
+                reader = IncrementalDetokenizer(tokenizer, (), skip)
+                for token_id in prompt.token_ids:
+                    offsets.append(min(choice.num_chars, num_chars))
+                    choice.num_chars += len(reader.push((token_id,)))
+                choice.num_chars = num_chars
+            if choice.offsets is None:
+                goes_on = prompt.text is not None or self._echo
+                choice.offsets = IncrementalDetokenizer(tokenizer, prompt.token_ids if goes_on else (), skip)
+            for token_id in token_ids:
+                offsets.append(choice.num_chars)
+                choice.num_chars += len(choice.offsets.push((token_id,)))
+        return self._format.logprobs(shown_ids, entries, offsets, self._token_texts)
+
+    def _prompt_text(self, prompt: EncodedPrompt) -> str:
+        if prompt.text is not None:
+            return prompt.text
+        return self._token_texts.tokenizer.decode(prompt.token_ids, self._request.skip_special_tokens)
+
+    def _give(
+        self,
+        choice: _Choice,
+        text: str,
+        token_ids: Sequence[int],
+        logprobs: dict[str, list[Any]] | None,
+        *,
+        is_first: bool,
+    ) -> bytes:
+        raise NotImplementedError
+
+
+class StreamedAnswer(Answer):
+    """Server-sent events. A chat's choice begins with an event that holds the role alone."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        options = self._request.stream_options
+        self._include_usage = options is not None and options.include_usage
+        self._continuous_usage = options is not None and options.continuous_usage_stats
+        self._is_plain = not (
+            self._continuous_usage or self._request.return_token_ids or self._request.num_logprobs is not None
+        )
+
+    def end(self) -> bytes:
+        if not self._include_usage:
+            return DONE
+        return _event({**self._head, "choices": [], "usage": self.usage()}) + DONE
+
+    def _give(
+        self,
+        choice: _Choice,
+        text: str,
+        token_ids: Sequence[int],
+        logprobs: dict[str, list[Any]] | None,
+        *,
+        is_first: bool,
+    ) -> bytes:
+        first = self._format.first_text() if is_first else None
+        events = []
+        prompt_ids = self._prompts[choice.prompt_index].token_ids if is_first else None
+        if first is not None:
+            events.append(_event(self._chunk(choice, first, None, (), prompt_ids)))
+            prompt_ids = None
+        has_details = not self._is_plain and (len(token_ids) > 0 or is_first)
+        if text or has_details or choice.finish_reason is not None:
+            chunk = self._chunk(choice, self._format.chunk_text(text), logprobs, token_ids, prompt_ids)
+            if choice.finish_reason is not None:
+                chunk["choices"][0] |= {"finish_reason": choice.finish_reason, "stop_reason": choice.stop_reason}
+            events.append(_event(chunk))
+        if choice.finish_reason is not None:
+            choice.before = ""
+        elif self._is_plain and not choice.before:
+            self._prepare(choice)
+        return b"".join(events)
+
+    def _prepare(self, choice: _Choice) -> None:
+        """Splits the JSON of a plain chunk at its text. Strings inside have their quotes escaped, so that the name and
+        quotes that are looked for stand there once."""
+        chunk = self._chunk(choice, self._format.chunk_text("?"), None, (), None)
+        before, behind = _event(chunk).decode("ascii").split(f'"{self._format.text_name}":"?"')
+        choice.before, choice.behind = f'{before}"{self._format.text_name}":', behind
+
+    def _chunk(
+        self,
+        choice: _Choice,
+        text: dict[str, Any],
+        logprobs: dict[str, list[Any]] | None,
+        token_ids: Sequence[int],
+        prompt_ids: Sequence[int] | None,
+    ) -> dict[str, Any]:
+        content: dict[str, Any] = {"index": choice.index, **text, "logprobs": logprobs, "finish_reason": None}
+        chunk = {**self._head, "choices": [content]}
+        if self._request.return_token_ids:
+            if prompt_ids is not None:
+                (content if self._format.prompt_ids_in_choice else chunk)["prompt_token_ids"] = list(prompt_ids)
+            content["token_ids"] = list(token_ids)
+        if self._continuous_usage:
+            chunk["usage"] = self.usage()
+        elif self._include_usage:
+            chunk["usage"] = None
+        return chunk
+
+
+class WholeAnswer(Answer):
+    """One JSON body."""
+
+    media_type = "application/json"
+
+    def end(self) -> bytes:
+        body: dict[str, Any] = {**self._head, "choices": [self._content(choice) for choice in self._choices]}
+        if self._request.return_token_ids and not self._format.prompt_ids_in_choice:
+            body["prompt_token_ids"] = list(self._prompts[0].token_ids)
+        return _to_json({**body, "usage": self.usage()})
+
+    def _give(
+        self,
+        choice: _Choice,
+        text: str,
+        token_ids: Sequence[int],
+        logprobs: dict[str, list[Any]] | None,
+        *,
+        is_first: bool,
+    ) -> bytes:
+        choice.texts.append(text)
+        choice.token_ids += token_ids
+        if choice.logprobs is None:
+            choice.logprobs = logprobs
+        elif logprobs is not None:
+            for name, values in logprobs.items():
+                choice.logprobs[name] += values
+        return b""
+
+    def _content(self, choice: _Choice) -> dict[str, Any]:
+        content: dict[str, Any] = {
+            "index": choice.index,
+            **self._format.whole_text("".join(choice.texts)),
+            "logprobs": choice.logprobs,
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+        }
+        if self._request.return_token_ids:
+            if self._format.prompt_ids_in_choice:
+                content["prompt_token_ids"] = list(self._prompts[choice.prompt_index].token_ids)
+            content["token_ids"] = choice.token_ids
+        return content
+
+
+def make_answer(
+    request: CompletionRequest | ChatCompletionRequest,
+    *,
+    request_id: str,
+    created: int,
+    model: str,
+    prompts: Sequence[EncodedPrompt],
+    token_texts: TokenTexts,
+    system_fingerprint: str | None = None,
+) -> Answer:
+    """The answer that ``request`` asks for. ``created``: seconds since 1970; ``model``: the name that the client used."""
+    format: Format = ChatFormat() if isinstance(request, ChatCompletionRequest) else CompletionFormat()
+    head = {
+        "id": format.id_prefix + request_id,
+        "object": format.chunk_object if request.stream else format.whole_object,
+        "created": created,
+        "model": model,
+    }
+    if system_fingerprint is not None:
+        head["system_fingerprint"] = system_fingerprint
+    kind = StreamedAnswer if request.stream else WholeAnswer
+    return kind(format, request, head, prompts, token_texts)
+
+
+def tokenize_body(token_ids: Sequence[int], max_model_len: int, token_texts: TokenTexts | None = None) -> bytes:
+    """Answer of /tokenize. ``token_texts``: to say also what each token reads as."""
+    texts = None if token_texts is None else [token_texts.text(token_id) for token_id in token_ids]
+    return _to_json(
+        {"count": len(token_ids), "max_model_len": max_model_len, "tokens": list(token_ids), "token_strs": texts}
+    )
+
+
+def detokenize_body(text: str) -> bytes:
+    """Answer of /detokenize."""
+    return _to_json({"prompt": text})
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, MIN_LOGPROB)
+
+
+def _event(content: dict[str, Any]) -> bytes:
+    return b"data: " + _to_json(content) + b"\n\n"
+
+
+def _to_json(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, separators=(",", ":")).encode("ascii")
