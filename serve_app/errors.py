@@ -17,6 +17,10 @@ RaggedServeError                  500 internal_error
 |- EngineUnavailableError         503 engine_unavailable       stopping, draining or dead
 |- OverloadedError                429 overloaded               no room, and the queue is full or the wait too long
 |- LeaseRefusedError              503 lease_refused            the replica's pool has less room than was booked
+|- IngressStalledError            503 ingress_stalled          an ingress took no outputs, so its requests were ended
+|- ReplicaLostError               503 replica_lost             it died, or it is to be treated as if it had
+|  |- ReplicaUnreachableError     503 replica_lost             no answer; it may live, and the call may have run
+|  `- ChannelLostError            503 replica_lost             the replica lives and has given this channel up
 `- StartupError                   500 startup_failed           the server must not start
    |- ConfigurationError              configuration_error      an option, or a combination, is wrong
    |- ModelNotFoundError              model_not_found          no such directory, or nothing in it
@@ -153,6 +157,26 @@ class OverloadedError(RaggedServeError):
 class LeaseRefusedError(RaggedServeError):
     status = 503
     code = "lease_refused"
+
+
+class IngressStalledError(RaggedServeError):
+    status = 503
+    code = "ingress_stalled"
+
+
+class ReplicaLostError(RaggedServeError):
+    """Its requests can go on elsewhere, from the tokens that have arrived."""
+
+    status = 503
+    code = "replica_lost"
+
+
+class ReplicaUnreachableError(ReplicaLostError):
+    """Worth another try, if the call may run twice."""
+
+
+class ChannelLostError(ReplicaLostError):
+    """What ran in it was aborted. The replica takes a new channel."""
 
 
 class StartupError(RaggedServeError):

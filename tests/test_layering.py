@@ -36,24 +36,29 @@ TEXT_PACKAGES = frozenset({"numpy", "tokenizers", "jinja2", "huggingface_hub"})
 DEVICE_PACKAGES = frozenset(
     {"numpy", "torch", "triton", "numba", "llvmlite", "safetensors", "huggingface_hub", "transformers", "tqdm"}
 )
-SERVICE_PACKAGES = frozenset({"ray", "pydantic", "fastapi", "starlette"})
+SERVICE_PACKAGES = frozenset({"ray", "grpc", "pydantic", "pydantic_core", "fastapi", "starlette"})
 
 CORE = Room("core", frozenset({"numpy"}), CORE_FILES)
 TEXT = Room("text", TEXT_PACKAGES, ("errors.py", "logs.py", "engine/request.py", "text/*.py"))
-DEVICE = Room("device", DEVICE_PACKAGES, (*CORE_FILES, "kernels/*.py", "models/*.py", "runner/*.py"))
+DEVICE = Room("device", DEVICE_PACKAGES, (*CORE_FILES, "hub.py", "kernels/*.py", "models/*.py", "runner/*.py"))
 OFFLINE = Room("offline", DEVICE_PACKAGES, (*CORE_FILES, "text/*.py", "kernels/*.py", "models/*.py", "runner/*.py"))
 SERVICE = Room(
     "service",
     SERVICE_PACKAGES,
-    (*CORE_FILES, "text/*.py", "config.py", "metrics.py", "api/*.py", "routing/*.py", "replica/channel.py"),
+    (
+        *(*CORE_FILES, "hub.py", "text/*.py", "config.py", "metrics.py", "api/*.py", "routing/*.py"),
+        *("replica/messages.py", "replica/channel.py", "replica/ray_transport.py"),
+    ),
 )
 REPLICA = Room("replica", SERVICE_PACKAGES | DEVICE_PACKAGES, (*SERVICE.files, *DEVICE.files, "replica/*.py"))
-ASSEMBLY = Room("assembly", SERVICE_PACKAGES, ("*",))
+ASSEMBLY = Room("assembly", SERVICE_PACKAGES | {"yaml"}, ("*",))
 ALONE = Room("alone", frozenset(), ())
+DEMO = Room("demo", frozenset({"torch", "tokenizers", "safetensors"}), ("llm.py", "demo_model/examples.py"))
 
 ORDER: tuple[tuple[str, Room], ...] = (
     ("errors.py", CORE),
     ("logs.py", CORE),
+    ("hub.py", TEXT),
     ("engine/config.py", CORE),
     ("engine/request.py", CORE),
     ("engine/sequence.py", CORE),
@@ -78,6 +83,7 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("kernels/reference.py", DEVICE),
     ("kernels/simd.py", DEVICE),
     ("kernels/openmp.py", DEVICE),
+    ("kernels/few_rows.py", DEVICE),
     ("kernels/linear.py", DEVICE),
     ("kernels/cpu.py", DEVICE),
     ("kernels/*.py", DEVICE),  # one file per Triton op; they may not import each other
@@ -97,19 +103,30 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("llm.py", OFFLINE),
     # the service
     ("config.py", SERVICE),
+    ("check_config.py", ASSEMBLY),
     ("metrics.py", SERVICE),
     ("api/error_response.py", SERVICE),
     ("api/protocol.py", SERVICE),
     ("api/answers.py", SERVICE),
     ("routing/router.py", SERVICE),
+    ("routing/router_client.py", SERVICE),
+    ("routing/replica_set.py", CORE),
     ("routing/targeted_router.py", SERVICE),
+    ("replica/messages.py", SERVICE),
     ("replica/channel.py", SERVICE),
+    ("replica/ray_transport.py", SERVICE),
+    ("replica/output_hub.py", REPLICA),
+    ("replica/autoscaling.py", CORE),
+    ("replica/load.py", REPLICA),
     ("replica/replica.py", REPLICA),
     ("api/stream.py", SERVICE),
+    ("api/service.py", SERVICE),
+    ("api/http_app.py", SERVICE),
     ("api/ingress.py", SERVICE),
     ("app.py", ASSEMBLY),
     ("chat.py", ALONE),
-    ("demo_model/*.py", OFFLINE),
+    ("demo_model/examples.py", ALONE),
+    ("demo_model/train.py", DEMO),
 )
 """The order in which files may import, earliest first. A name wins over a pattern, so kernels/ops.py comes after all
 other kernels. Two files in one place (both matched by one pattern) may not import each other."""
