@@ -355,12 +355,10 @@ def test_texts_of_single_tokens_join_to_the_text(kind: str) -> None:
     tokenizer = made(kind)
     texts = TokenTexts(tokenizer)
     ids = tokenizer.encode("the quick brown fox jumps", add_special_tokens=False)
-    joined = "".join(texts.text(token_id) for token_id in ids).strip()
-    if kind == "suffix_bpe":  # marks the ends of words, and shows no space at the end of a text
-        assert joined == "thequickbrownfoxjumps"
-    else:
-        assert joined == "the quick brown fox jumps"
-    assert b"".join(bytes(texts.utf8(token_id)) for token_id in ids).decode().strip() == "the quick brown fox jumps"
+    # The last kind marks the ends of words, and shows no space at the end of a text.
+    expected = "thequickbrownfoxjumps" if kind == "suffix_bpe" else "the quick brown fox jumps"
+    assert "".join(texts.text(token_id) for token_id in ids).strip() == expected
+    assert b"".join(bytes(texts.utf8(token_id)) for token_id in ids).decode().strip() == expected
     assert texts.text(tokenizer.vocab_size + 5) == ""
     assert texts.utf8(tokenizer.vocab_size + 5) == []
 
