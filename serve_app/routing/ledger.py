@@ -158,8 +158,10 @@ class ReportAnswer(NamedTuple):
 class LedgerOptions:
     """What can be changed at run time. Raises ConfigurationError naming the option, its value and its limit."""
 
-    policy: str = "reserve"
-    """reserve: book all tokens a request may have. expect: book the output length learned from what finished."""
+    policy: str = "expect"
+    """reserve: book all tokens a request may have. expect: book the output length learned from what finished. Where
+    clients allow far more than they use, reserve keeps them waiting for room that stays empty
+    (loadtests/bench_router.py)."""
 
     max_queued_requests: int = 512
     """Requests that may wait. One more is refused with 429."""
@@ -476,8 +478,11 @@ class Ledger:
         self._renew(request.holder_id)
         if (again := self._repeated(request)) is not None:
             return again
-        self._check_size(request)
         before = self._waiting.get(request.request_id)
+        if (too_large := self._too_large(request)) is not None:
+            if before is not None:
+                self._leave_queue(before)
+            raise too_large
         entry = self._enqueue(request, before)
         self._scan()
         answer = self._answers.pop(request.request_id, None)
@@ -515,16 +520,17 @@ class Ledger:
         self.counters["repeated"] += 1
         return self._lease_of(row)
 
-    def _check_size(self, request: LeaseRequest) -> None:
-        if self.is_rebuilding or not self._replicas:
-            return
-        if all(self._whole_need(request, replica.report) is None for replica in self._replicas.values()):
-            largest = max((replica.report for replica in self._replicas.values()), key=_pool_tokens)
-            raise RequestTooLargeError(
-                f"{request.num_prompt_tokens} prompt tokens and {request.num_choices} x {request.max_output_tokens} output"
-                f" tokens fit no replica; the largest holds {_pool_tokens(largest)} tokens in all and"
-                f" {largest.max_model_len} of one sequence"
-            )
+    def _too_large(self, request: LeaseRequest) -> RequestTooLargeError | None:
+        """The error, if none of the replicas that are known could hold it, even alone."""
+        reports = [replica.report for replica in self._replicas.values()]
+        if self.is_rebuilding or not reports or any(self._whole_need(request, report) for report in reports):
+            return None
+        largest = max(reports, key=_pool_tokens)
+        return RequestTooLargeError(
+            f"{request.num_prompt_tokens} prompt tokens and {request.num_choices} x {request.max_output_tokens} output"
+            f" tokens fit no replica; the largest holds {_pool_tokens(largest)} tokens in all and"
+            f" {largest.max_model_len} of one sequence"
+        )
 
     def settle(self, lease_id: str, num_output_tokens: int | None, now: float) -> None:
         """The holder is done: the replica has ended the lease, or is lost, or never got it. A second one does nothing.
@@ -810,19 +816,26 @@ class Ledger:
             self._ended.popitem(last=False)
         for replica_id in [i for i, at in self._forgotten.items() if now - at >= options.replica_seconds]:
             del self._forgotten[replica_id]
-        for replica_id in [i for i, r in self._replicas.items() if r.reported_at + options.lease_seconds <= now]:
-            self.counters["silent_replicas"] += 1
-            self._forget(replica_id)
-        while self._unshown:
-            row = next(iter(self._unshown.values()))
-            if row.granted_at + options.submit_seconds > now:
-                break
-            self._end(row, "never_shown")
+        self._forget_silent_replicas()
+        self._end_unshown_leases()
         for holder_id in [
             i for i, h in self._holders.items() if not h.is_gone and h.renewed_at + options.lease_seconds <= now
         ]:
             self._lose_holder(holder_id)
         self._end_waits()
+
+    def _forget_silent_replicas(self) -> None:
+        silent = [i for i, r in self._replicas.items() if r.reported_at + self.options.lease_seconds <= self._now]
+        for replica_id in silent:
+            self.counters["silent_replicas"] += 1
+            self._forget(replica_id)
+
+    def _end_unshown_leases(self) -> None:
+        while self._unshown:
+            row = next(iter(self._unshown.values()))
+            if row.granted_at + self.options.submit_seconds > self._now:
+                return
+            self._end(row, "never_shown")
 
     def _lose_holder(self, holder_id: str) -> None:
         """Ends its leases, but those that a replica which reports still shows: there the blocks are really taken, and
@@ -893,6 +906,11 @@ class Ledger:
 
     # ------------------------------------------------------------------------------------------------ looking at it
 
+    @property
+    def num_queued_tokens(self) -> int:
+        """Prompt and output tokens of all waiting requests."""
+        return self._num_queued_tokens
+
     def rows(self, replica_id: str) -> tuple[BookedLease, ...]:
         """The live leases of one replica, as its own table should show them."""
         replica = self._replicas.get(replica_id)
@@ -921,6 +939,7 @@ class Ledger:
                     "num_blocks": replica.report.num_blocks,
                     "num_booked_blocks": replica.num_booked_blocks,
                     "num_free_blocks": replica.num_free_blocks,
+                    "max_model_len": replica.report.max_model_len,
                     "num_leases": len(replica.leases),
                     "num_running": replica.report.num_running,
                     "num_waiting": replica.report.num_waiting,
