@@ -53,7 +53,7 @@ SERVICE = Room(
 REPLICA = Room("replica", SERVICE_PACKAGES | DEVICE_PACKAGES, (*SERVICE.files, *DEVICE.files, "replica/*.py"))
 ASSEMBLY = Room("assembly", SERVICE_PACKAGES | {"yaml"}, ("*",))
 ALONE = Room("alone", frozenset(), ())
-DEMO = Room("demo", frozenset({"torch", "tokenizers", "safetensors"}), ("llm.py", "demo_model/examples.py"))
+DEMO = Room("demo", frozenset({"torch", "tokenizers", "safetensors"}), ("logs.py", "llm.py", "demo_model/examples.py"))
 
 ORDER: tuple[tuple[str, Room], ...] = (
     ("errors.py", CORE),
