@@ -1,0 +1,320 @@
+"""The HTTP face as a FastAPI application over a Service: routes, keys, limits, request ids, errors. Knows HTTP; no Ray.
+
+    every request     X-Request-Id in or made, out again; the body is read up to its limit; a key, except on OPEN_PATHS
+    every failure     OpenAI's error shape, on every route, also the framework's own
+    a stream          one ASGI message per engine step; when the client goes its request is closed, whatever the server
+                      in front does: nobody but `receive` says so
+
+Routes take the raw body: protocol.py's models do the reading, so that its messages are the same everywhere. Their schemas
+stand in /openapi.json all the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import importlib.metadata
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any, Protocol
+
+from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
+from pydantic import BaseModel
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve_app.api.answers import StreamedAnswer
+from serve_app.api.error_response import error_event, error_response
+from serve_app.api.protocol import (
+    MAX_REQUEST_ID_CHARS,
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+from serve_app.api.service import Generation, GenerationRequest, Service
+from serve_app.errors import BodyTooLargeError, InvalidApiKeyError, RaggedServeError
+from serve_app.logs import get_logger
+
+logger = get_logger(__name__)
+
+OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"})
+"""No key is asked for."""
+STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+"""Proxies that gather what they pass on would undo the stream."""
+
+
+class Face(Protocol):
+    """What the routes want of the ingress beside the service."""
+
+    service: Service
+    max_body_bytes: int
+
+    async def metrics(self) -> str: ...
+
+
+def build_app(
+    face: Face, *, title: str = "ragged-serve", api_keys: tuple[str, ...] = (), cors_origins: tuple[str, ...] = ()
+) -> FastAPI:
+    """The application. ``face`` is asked at each request, so its limits may change."""
+    app = FastAPI(title=title, version=version(), openapi_tags=_TAGS)
+    _add_routes(app, face)
+    for kind in (RaggedServeError, HTTPException, Exception):
+        app.add_exception_handler(kind, _handle_error)
+    if cors_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(Edge, face=face, api_keys=api_keys)  # the last one added is the first to run
+    return app
+
+
+def version() -> str:
+    """Of this package; 0 where it is not installed."""
+    try:
+        return importlib.metadata.version("ragged-serve")
+    except importlib.metadata.PackageNotFoundError:
+        return "0"
+
+
+# ---- the edge --------------------------------------------------------------------------------------------------------
+
+
+class Edge:
+    """ASGI middleware around everything: request id, key, the framework's failures."""
+
+    def __init__(self, app: ASGIApp, face: Face, api_keys: tuple[str, ...]) -> None:
+        self.app = app
+        self.face = face
+        self.api_keys = [key.encode() for key in api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        request_id = clean_request_id(headers.get("x-request-id")) or new_request_id()
+        scope.setdefault("state", {})["request_id"] = request_id
+        has_started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal has_started
+            if message["type"] == "http.response.start":
+                has_started = True
+                MutableHeaders(scope=message).setdefault("x-request-id", request_id)
+            await send(message)
+
+        try:
+            if self.api_keys and scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
+                self._check_key(headers)
+            await self.app(scope, receive, send_with_id)
+        except Exception as error:  # what no handler took: our own mistake
+            if not isinstance(error, RaggedServeError):
+                logger.exception("%s: %s %s failed", request_id, scope["method"], scope["path"])
+            if has_started:
+                raise
+            await error_response(error).as_response()(scope, receive, send_with_id)
+
+    def _check_key(self, headers: Headers) -> None:
+        """All keys are compared, each in constant time: the time says nothing of which one was near."""
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        key = given.strip().encode() if scheme.lower() == "bearer" else headers.get("x-api-key", "").encode()
+        matches = [hmac.compare_digest(key, known) for known in self.api_keys]
+        if not any(matches):
+            raise InvalidApiKeyError(
+                "the API key is not one of this server's"
+                if key
+                else "an API key is needed: Authorization: Bearer <key>"
+            )
+
+
+def new_request_id() -> str:
+    return uuid.uuid4().hex
+
+
+def clean_request_id(given: str | None) -> str | None:
+    """A client's id, if it is visible ASCII of a decent length; else None: it goes into logs and headers."""
+    if given and len(given) <= MAX_REQUEST_ID_CHARS and all("!" <= character <= "~" for character in given):
+        return given
+    return None
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """Raises BodyTooLargeError as soon as the limit is passed, by the header if it says so."""
+    announced = request.headers.get("content-length", "")
+    if announced.isdigit() and int(announced[:20]) > limit:
+        raise BodyTooLargeError(f"the body has {announced[:20]} bytes; at most {limit} are taken")
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > limit:
+            raise BodyTooLargeError(f"the body has more than {limit} bytes; at most {limit} are taken")
+        parts.append(part)
+    return b"".join(parts)
+
+
+async def _handle_error(request: Request, error: Exception) -> Response:
+    if not isinstance(error, RaggedServeError | HTTPException):
+        logger.error("%s: %s %s failed", request.state.request_id, request.method, request.url.path, exc_info=error)
+    return error_response(error, method=request.method, path=request.url.path).as_response()
+
+
+# ---- answers ---------------------------------------------------------------------------------------------------------
+
+
+class EventStream(Response):
+    """Server-sent events. Ends the generation when the client goes away."""
+
+    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None], request_id: str) -> None:
+        super().__init__(media_type="text/event-stream", headers=STREAM_HEADERS)
+        del self.headers["content-length"]
+        self._first = first
+        self._rest = rest
+        self._request_id = request_id
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await until_disconnect(receive, self._send_all(send))
+
+    async def _send_all(self, send: Send) -> None:
+        async with contextlib.aclosing(self._rest) as rest:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": self._first, "more_body": True})
+            try:
+                async for data in rest:
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+            except Exception as error:  # the status is gone: an event says it, and there is no [DONE]
+                if not isinstance(error, RaggedServeError):
+                    logger.exception("%s: the stream failed", self._request_id)
+                await send({"type": "http.response.body", "body": error_event(error), "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def until_disconnect(receive: Receive, work: Any) -> Any:
+    """Runs the coroutine ``work``; cancels it when the client goes away, and then returns None."""
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_disconnect(receive))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return await task
+        return None
+    finally:
+        watch.cancel()
+        if not task.done():
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait({task})
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _generate(face: Face, request: Request, kind: type[GenerationRequest]) -> Response:
+    service = face.service
+    asked = await service.parse(kind, await read_body(request, face.max_body_bytes))
+    request_id = asked.request_id or request.state.request_id
+    generation = await service.start(asked, request_id)
+    # Up to the first bytes an error still has a status of its own, and a client that goes away is noticed here.
+    answer = await until_disconnect(request.receive, _begin(generation, request_id))
+    if answer is None:
+        return Response(status_code=499)  # nobody reads it
+    if asked.request_id is not None:
+        answer.headers["x-request-id"] = asked.request_id
+    return answer
+
+
+async def _begin(generation: Generation, request_id: str) -> Response:
+    chunks = generation.chunks()
+    try:
+        if isinstance(generation.answer, StreamedAnswer):
+            return EventStream(await anext(chunks), chunks, request_id)
+        async with contextlib.aclosing(chunks):
+            return Response(b"".join([data async for data in chunks]), media_type="application/json")
+    except BaseException:
+        await chunks.aclose()
+        raise
+
+
+# ---- routes ----------------------------------------------------------------------------------------------------------
+
+_TAGS = [{"name": "OpenAI"}, {"name": "text"}, {"name": "server"}]
+
+
+def _takes(model: type[BaseModel]) -> dict[str, Any]:
+    """The OpenAPI description of a body that the route reads by itself."""
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema.pop("$defs", None)
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": _inlined(model)}}}}
+
+
+def _inlined(model: type[BaseModel]) -> dict[str, Any]:
+    """The JSON schema of ``model`` without references: FastAPI collects definitions only of bodies that it reads."""
+    schema = model.model_json_schema()
+    definitions = schema.pop("$defs", {})
+
+    def resolve(value: Any) -> Any:
+        if isinstance(value, dict):
+            if "$ref" in value:
+                return resolve(definitions[value["$ref"].rsplit("/", 1)[1]])
+            return {key: resolve(inner) for key, inner in value.items()}
+        return [resolve(inner) for inner in value] if isinstance(value, list) else value
+
+    resolved: dict[str, Any] = resolve(schema)
+    return resolved
+
+
+Route = Callable[[Request], Awaitable[Response]]
+
+
+def _add_routes(app: FastAPI, face: Face) -> None:
+    def post(path: str, model: type[BaseModel], tag: str, about: str) -> Callable[[Route], Route]:
+        return app.post(
+            path, tags=[tag], summary=about, openapi_extra=_takes(model), response_class=Response, response_model=None
+        )
+
+    @post("/v1/completions", CompletionRequest, "OpenAI", "Continue a prompt")
+    async def completions(request: Request) -> Response:
+        return await _generate(face, request, CompletionRequest)
+
+    @post("/v1/chat/completions", ChatCompletionRequest, "OpenAI", "Answer a conversation")
+    async def chat_completions(request: Request) -> Response:
+        return await _generate(face, request, ChatCompletionRequest)
+
+    @app.get("/v1/models", tags=["OpenAI"], summary="The names of the model")
+    async def models() -> JSONResponse:
+        return JSONResponse(face.service.models())
+
+    @app.get("/v1/models/{model:path}", tags=["OpenAI"], summary="One of them")
+    async def model(model: str) -> JSONResponse:
+        return JSONResponse(face.service.describe_model(model))
+
+    @post("/tokenize", TokenizeRequest, "text", "Token ids of a text or a conversation")
+    async def tokenize(request: Request) -> Response:
+        asked = await face.service.parse(TokenizeRequest, await read_body(request, face.max_body_bytes))
+        return Response(await face.service.tokenize(asked), media_type="application/json")
+
+    @post("/detokenize", DetokenizeRequest, "text", "The text of token ids")
+    async def detokenize(request: Request) -> Response:
+        asked = await face.service.parse(DetokenizeRequest, await read_body(request, face.max_body_bytes))
+        return Response(await face.service.detokenize(asked), media_type="application/json")
+
+    @app.get("/health", tags=["server"], summary="200 as long as this process lives")
+    async def health() -> JSONResponse:
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/ready", tags=["server"], summary="200 once a replica can serve, else 503")
+    async def ready() -> JSONResponse:
+        is_ready = face.service.is_ready
+        return JSONResponse({"status": "ready" if is_ready else "loading"}, 200 if is_ready else 503)
+
+    @app.get("/metrics", tags=["server"], summary="The ledger and its replicas in Prometheus text")
+    async def metrics() -> PlainTextResponse:
+        return PlainTextResponse(await face.metrics(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/version", tags=["server"], summary="The version of this server")
+    async def show_version() -> JSONResponse:
+        return JSONResponse({"version": version()})

@@ -1,0 +1,70 @@
+"""Ingress: the Ray Serve deployment of the HTTP face. Wires tokenizer, router client and channels to the FastAPI app.
+
+Knows Ray Serve's hooks. What a request means, service.py knows; what HTTP means, http_app.py. Loads no torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from functools import partial
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+
+from serve_app import logs
+from serve_app.api.http_app import build_app
+from serve_app.api.protocol import RequestLimits
+from serve_app.api.service import Service, load_served_model
+from serve_app.config import IngressUserConfig, ServeArgs
+from serve_app.metrics import render
+from serve_app.replica.channel import Channels
+from serve_app.replica.ray_transport import RayTransport
+from serve_app.routing import replica_set, router
+from serve_app.routing.router_client import RayRouter, RouterClient
+
+logger = logs.get_logger(__name__)
+
+
+class Ingress:
+    """``args``: the application's, as plain data. ``replicas``: handle of the Replica deployment."""
+
+    async def __init__(self, args: dict[str, Any], replicas: Any) -> None:  # type: ignore[misc]
+        self.args = ServeArgs.parse(args)
+        context = serve.get_replica_context()
+        self.ingress_id = context.replica_id.unique_id
+        self.max_body_bytes = IngressUserConfig().limits.max_body_bytes
+        self.router = RouterClient(
+            RayRouter(partial(router.connect, context.app_name)), self.ingress_id, replica_set.current
+        )
+        self.channels = Channels(RayTransport(replicas), self.ingress_id)
+        model = await asyncio.to_thread(load_served_model, self.args)
+        self.service = Service(model, self.router, self.channels, lambda: self.router.state)
+        self.router.start()
+        logger.info("ingress %s serves %s", self.ingress_id, ", ".join(model.names))
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        api = self.args.api
+        return build_app(self, title=api.title, api_keys=api.api_keys(os.environ), cors_origins=tuple(api.cors_origins))
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """The run-time knobs. The time of this call is their version: an older one never overwrites a newer."""
+        config = IngressUserConfig.parse(user_config)
+        self.max_body_bytes = config.limits.max_body_bytes
+        limits = config.limits
+        self.service.limits = RequestLimits(limits.max_prompts, limits.max_n, limits.max_stop, limits.max_bias)
+        logging.getLogger(logs.ROOT).setLevel(config.log_level)
+        self.router.set_options(config.router.to_ledger_options(), int(time.time() * 1000))
+
+    async def metrics(self) -> str:
+        return render(await self.router.look("snapshot"))
+
+    async def check_health(self) -> None:
+        """The process answers: that is all there is to know. A router or replica that is away ends no ingress."""
+
+    async def __del__(self) -> None:
+        await self.channels.close()
+        await self.router.close()

@@ -1,0 +1,345 @@
+"""Service: what the routes do, without HTTP. Checks a request, makes its prompts, starts its streams, gives its bytes.
+
+Knows the model's names, its tokenizer and template, the limits, and how an answer is put together from the outputs of
+streams. Knows no route, no header, no Ray: the router and the channels are handed in. Loads no torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import random
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any, TypeVar
+
+from serve_app import hub
+from serve_app.api.answers import Answer, TokenTexts, detokenize_body, make_answer, tokenize_body
+from serve_app.api.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EncodedPrompt,
+    RequestLimits,
+    TokenizeRequest,
+    default_chat_max_tokens,
+)
+from serve_app.api.stream import GenerationStream, Leases, prefix_hashes
+from serve_app.config import ServeArgs
+from serve_app.engine.request import FinishReason, SamplingParams, TokenOutput
+from serve_app.errors import (
+    ContextLengthError,
+    EngineUnavailableError,
+    InvalidParameterError,
+    RaggedServeError,
+    UnknownModelError,
+)
+from serve_app.replica.channel import Channels
+from serve_app.routing.router import RouterState
+from serve_app.text.chat_template import ChatTemplate
+from serve_app.text.text_stream import TextStream
+from serve_app.text.tokenizer import Tokenizer
+
+LONG_TEXT = 16_384
+"""Characters beyond which a text is tokenized off the event loop: some 4 ms."""
+LONG_BODY = 65_536
+"""Bytes beyond which a body is parsed there."""
+
+T = TypeVar("T")
+GenerationRequest = CompletionRequest | ChatCompletionRequest
+
+
+@dataclasses.dataclass(frozen=True)
+class ServedModel:
+    """What the HTTP face must know of the model."""
+
+    names: tuple[str, ...]
+    """A request may use any; answers carry the one it used."""
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    default_chat_max_tokens: int
+    created: int
+    """Seconds since 1970, for /v1/models."""
+
+
+def load_served_model(args: ServeArgs) -> ServedModel:
+    """Reads tokenizer, template and generation_config.json. Raises a StartupError that says what is wrong."""
+    model = args.model
+    revision = None if model.tokenizer else model.revision
+    directory = hub.resolve_model(model.tokenizer or model.source, revision, hub.TEXT_FILES)
+    tokenizer = Tokenizer.from_directory(directory)
+    text = args.api.chat_template_text()
+    source = text if text is not None else tokenizer.chat_templates
+    return ServedModel(
+        names=model.names,
+        tokenizer=tokenizer,
+        chat_template=ChatTemplate(source, tokenizer.special_tokens) if source else None,
+        default_chat_max_tokens=args.api.default_chat_max_tokens,
+        created=int(time.time()),
+    )
+
+
+class Service:
+    """One ingress. ``replicas``: what the router said last of the replicas; None before it answered."""
+
+    def __init__(
+        self,
+        model: ServedModel,
+        leases: Leases,
+        channels: Channels,
+        replicas: Callable[[], RouterState | None],
+        limits: RequestLimits | None = None,
+        seeds: random.Random | None = None,
+    ) -> None:
+        self.model = model
+        self.limits = limits or RequestLimits()
+        self.token_texts = TokenTexts(model.tokenizer)
+        self.num_running = 0
+        """Requests that are being answered."""
+        self._leases = leases
+        self._channels = channels
+        self._replicas = replicas
+        self._seeds = seeds or random.SystemRandom()
+        self._last_state: RouterState | None = None
+
+    # ---- what routes call ----------------------------------------------------------------------------------------
+
+    async def parse(self, kind: type[T], body: bytes) -> T:
+        """The request in ``body``, one of protocol.py's models. Raises what its ``parse`` raises."""
+        parse: Callable[[bytes, RequestLimits], T] = kind.parse  # type: ignore[attr-defined]
+        if len(body) > LONG_BODY:
+            return await asyncio.to_thread(parse, body, self.limits)
+        return parse(body, self.limits)
+
+    async def start(self, request: GenerationRequest, request_id: str) -> Generation:
+        """Everything up to the first lease. Raises InvalidRequestErrors, and EngineUnavailableError without a replica."""
+        name = self._name_of(request.model)
+        state = self.state()
+        template = self.model.chat_template
+        prompts = await self._off_loop(_num_chars(request), lambda: request.prompts(self.model.tokenizer, template))
+        sampling = [self._sampling(request, prompt, state) for prompt in prompts]
+        answer = make_answer(
+            request,
+            request_id=request_id,
+            created=int(time.time()),
+            model=name,
+            prompts=prompts,
+            token_texts=self.token_texts,
+            system_fingerprint=",".join(state.fingerprints) or None,
+        )
+        streams = []
+        texts: dict[tuple[int, int], TextStream] = {}
+        for i, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
+            # Clients choose request ids, and may choose one twice: an engine must never see that.
+            own_id = f"{request_id}~{uuid.uuid4().hex[:8]}"
+            streams.append(
+                GenerationStream(
+                    request.generate_requests(own_id, prompt, params),
+                    self._leases,
+                    self._channels,
+                    block_size=state.block_size,
+                    prefix_hashes=prefix_hashes(prompt.token_ids, state.block_size, request.cache_salt),
+                )
+            )
+            for choice_index in range(request.n):
+                texts[i, choice_index] = request.text_stream(self.model.tokenizer, params, prompt)
+        return Generation(self, answer, streams, texts)
+
+    async def tokenize(self, request: TokenizeRequest) -> bytes:
+        self._name_of(request.model)
+        template = self.model.chat_template
+        tokens = await self._off_loop(
+            len(request.prompt or "") + sum(len(m.content or "") for m in request.messages or ()),
+            lambda: request.tokens(self.model.tokenizer, template),
+        )
+        max_model_len = state.max_model_len if (state := self._known_state()) is not None else 0
+        return tokenize_body(tokens, max_model_len, self.token_texts if request.return_token_strs else None)
+
+    async def detokenize(self, request: DetokenizeRequest) -> bytes:
+        self._name_of(request.model)
+        ids = request.tokens
+        vocab_size = self.model.tokenizer.vocab_size
+        for token_id in ids:
+            if token_id >= vocab_size:
+                raise InvalidParameterError("tokens", token_id, f"made of token ids below {vocab_size}")
+        decode = self.model.tokenizer.decode
+        return detokenize_body(await self._off_loop(4 * len(ids), lambda: decode(ids, skip_special_tokens=False)))
+
+    def models(self) -> dict[str, Any]:
+        return {"object": "list", "data": [self._describe(name) for name in self.model.names]}
+
+    def describe_model(self, name: str) -> dict[str, Any]:
+        """Raises UnknownModelError."""
+        return self._describe(self._name_of(name))
+
+    @property
+    def is_ready(self) -> bool:
+        """A replica can serve."""
+        state = self._replicas()
+        return state is not None and bool(state.replica_ids)
+
+    def state(self) -> RouterState:
+        """The replicas. Raises EngineUnavailableError if none was ever heard of."""
+        state = self._known_state()
+        if state is None:
+            raise EngineUnavailableError("no replica is ready yet: the model is being loaded; see /ready")
+        return state
+
+    # ---- parts ---------------------------------------------------------------------------------------------------
+
+    def _known_state(self) -> RouterState | None:
+        """The last state in which there were replicas: they may all be away for a moment."""
+        state = self._replicas()
+        if state is not None and state.block_size:
+            self._last_state = state
+        return self._last_state
+
+    def _describe(self, name: str) -> dict[str, Any]:
+        state = self._known_state()
+        return {
+            "id": name,
+            "object": "model",
+            "created": self.model.created,
+            "owned_by": "ragged-serve",
+            "root": self.model.names[0],
+            "parent": None,
+            "max_model_len": state.max_model_len if state is not None else None,
+        }
+
+    def _name_of(self, name: str | None) -> str:
+        if name is None:
+            return self.model.names[0]
+        if name not in self.model.names:
+            raise UnknownModelError(name, self.model.names)
+        return name
+
+    def _sampling(self, request: GenerationRequest, prompt: EncodedPrompt, state: RouterState) -> SamplingParams:
+        num_prompt, longest = len(prompt.token_ids), state.max_model_len
+        if num_prompt >= longest:
+            raise ContextLengthError(
+                f"the prompt has {num_prompt} tokens; with a context of {longest} it may have at most {longest - 1}"
+            )
+        given = request.given_max_tokens
+        if given is not None and request.max_tokens is not None and num_prompt + given > longest:
+            raise ContextLengthError(
+                f"max_tokens is {given} and the prompt has {num_prompt} tokens; together they may be at most {longest}"
+            )
+        configured = self.model.default_chat_max_tokens
+        sampling = request.sampling_params(default_chat_max_tokens(num_prompt, longest, configured))
+        max_tokens = sampling.max_tokens
+        assert max_tokens is not None
+        seed = self._seeds.getrandbits(64) if sampling.seed is None else sampling.seed
+        sampling = dataclasses.replace(sampling, max_tokens=min(max_tokens, longest - num_prompt), seed=seed)
+        return sampling.resolved(self.model.tokenizer.generation_config)
+
+    async def _off_loop(self, num_chars: int, make: Callable[[], T]) -> T:
+        return await asyncio.to_thread(make) if num_chars > LONG_TEXT else make()
+
+
+class Generation:
+    """The answer to one request while it is made."""
+
+    def __init__(
+        self,
+        service: Service,
+        answer: Answer,
+        streams: Sequence[GenerationStream],
+        texts: dict[tuple[int, int], TextStream],
+    ) -> None:
+        self.answer = answer
+        self.streams = streams
+        self._service = service
+        self._texts = texts
+
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
+        """What to send, as it comes; the last chunk is the answer's end. Close it (``aclose``) to give up.
+
+        Raises what a stream raises, and the error that ended a choice.
+        """
+        self._service.num_running += 1
+        try:
+            if len(self.streams) == 1:
+                async with contextlib.aclosing(self.streams[0].batches()) as batches:  # type: ignore[type-var]
+                    async for batch in batches:
+                        if data := self._take(0, batch):
+                            yield data
+            else:
+                async with contextlib.aclosing(_merge([s.batches() for s in self.streams])) as merged:
+                    async for prompt_index, batch in merged:
+                        if data := self._take(prompt_index, batch):
+                            yield data
+            yield self.answer.end()
+        finally:
+            self._service.num_running -= 1
+
+    def _take(self, prompt_index: int, batch: list[TokenOutput]) -> bytes:
+        """Tokens to text to bytes."""
+        parts = []
+        for output in batch:
+            if output.finish_reason is FinishReason.ERROR:
+                raise _error_of(output)
+            text = self._texts[prompt_index, output.choice_index]
+            delta = text.push(output.token_ids, output.finish_reason, output.stop_token_id)
+            if data := self.answer.push(prompt_index, delta, output):
+                parts.append(data)
+            if delta.finish_reason is not None and output.finish_reason is None:
+                self.streams[prompt_index].end_choice(output.choice_index)  # a stop string
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+async def _merge(
+    sources: Sequence[Any],
+) -> AsyncGenerator[tuple[int, list[TokenOutput]], None]:
+    """(index, batch) of all sources as they come; the first error ends it. Sources are closed, whatever happens."""
+    arrived: asyncio.Queue[tuple[int, list[TokenOutput] | None]] = asyncio.Queue()
+
+    async def read(index: int, source: Any) -> None:
+        try:
+            async with contextlib.aclosing(source):
+                async for batch in source:
+                    arrived.put_nowait((index, batch))
+        finally:
+            arrived.put_nowait((index, None))
+
+    tasks = [asyncio.create_task(read(i, source)) for i, source in enumerate(sources)]
+    try:
+        num_left = len(tasks)
+        while num_left:
+            index, batch = await arrived.get()
+            if batch is not None:
+                yield index, batch
+            else:
+                num_left -= 1
+                await tasks[index]  # raises what it died of
+    finally:
+        for task in tasks:
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _num_chars(request: GenerationRequest) -> int:
+    if isinstance(request, ChatCompletionRequest):
+        return sum(len(message.content or "") for message in request.messages)
+    return sum(len(prompt) for prompt in request.prompt if isinstance(prompt, str))
+
+
+def _families(root: type[RaggedServeError]) -> dict[str, type[RaggedServeError]]:
+    """Code -> the class nearest to the root that has it."""
+    found = {root.code: root}
+    for child in root.__subclasses__():
+        found = {**_families(child), **found}
+    return found
+
+
+_FAMILIES = _families(RaggedServeError)
+
+
+def _error_of(output: TokenOutput) -> RaggedServeError:
+    """The error that ended a choice, of the class it had in the engine."""
+    kind = _FAMILIES.get(output.error_code or "", RaggedServeError)
+    error = kind.__new__(kind)
+    error.args = (output.error or "the engine ended this request",)
+    return error

@@ -1,0 +1,229 @@
+"""GenerationStream: the outputs of one prompt's choices, wherever they are computed. Knows leases and channels; knows no
+HTTP, no text.
+
+    lease -> submit -> outputs ... -> [replica lost, or it refused: lease again, submit with what was emitted] -> end
+
+The reader sees one stream: nothing twice and nothing left out, since each attempt begins behind the tokens that the reader
+has. However the reader goes away, the replica is told to end the request, and the lease is settled once it has.
+
+A request is refused for good when it has failed MAX_ATTEMPTS times: it may be the request that kills replicas.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import dataclasses
+import hashlib
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol
+
+from serve_app.engine.request import GenerateRequest, TokenOutput
+from serve_app.errors import DeadlineExceededError, EngineUnavailableError, LeaseRefusedError, ReplicaLostError
+from serve_app.logs import get_logger
+from serve_app.replica.channel import Channels, Outputs
+from serve_app.routing.ledger import Lease, LeaseRequest
+
+logger = get_logger(__name__)
+
+MAX_ATTEMPTS = 4
+"""Replicas that one request may lose."""
+MAX_REFUSALS = 8
+"""Submits of one request that replicas may refuse: their tables and the ledger disagree for a moment only."""
+
+
+class Leases(Protocol):
+    """What a stream wants of `RouterClient`."""
+
+    @property
+    def holder_id(self) -> str: ...
+
+    async def lease(self, request: LeaseRequest) -> Lease: ...
+
+    def settle(self, lease: Lease, num_output_tokens: int | None) -> None: ...
+
+    def replica_lost(self, replica_id: str) -> None: ...
+
+
+class GenerationStream:
+    """One prompt, all its choices. Made for each request; read once.
+
+    ``requests``: the choices, resolved and with a seed. ``max_output_tokens``: of each, what the lease is for.
+    ``block_size``: of the replicas, for the lease.
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[GenerateRequest],
+        leases: Leases,
+        channels: Channels,
+        *,
+        block_size: int,
+        prefix_hashes: tuple[int, ...] = (),
+    ) -> None:
+        self.request_id = requests[0].request_id
+        self.num_attempts = 0
+        """Submits so far."""
+        self.replica_id: str | None = None
+        """Where it runs, or ran last."""
+        self._leases = leases
+        self._channels = channels
+        self._block_size = block_size
+        self._prefix_hashes = prefix_hashes
+        self._open = {request.choice_index: request for request in requests}
+        """Choices that have not ended, each with what it has emitted."""
+        self._outputs: Outputs | None = None
+        self._emitted: dict[int, list[int]] = {request.choice_index: [] for request in requests}
+        loop = asyncio.get_running_loop()
+        remaining_ms = requests[0].remaining_ms
+        self._deadline = None if remaining_ms is None else loop.time() + remaining_ms / 1000.0
+
+    def end_choice(self, choice_index: int) -> None:
+        """The reader wants no more of it (a stop string matched). What still comes of it is not shown."""
+        self._open.pop(choice_index, None)
+        if self._outputs is not None:
+            self._outputs.abort(choice_index)
+
+    async def batches(self) -> AsyncIterator[list[TokenOutput]]:
+        """Outputs as they come, until every choice has ended. Close it (``aclose``) to give up.
+
+        Raises what the ledger or the engine answers, DeadlineExceededError, and EngineUnavailableError when the last
+        attempt has failed.
+        """
+        num_lost = num_refused = 0
+        avoid: set[str] = set()
+        while self._open:
+            lease = await self._leases.lease(self._wanted(frozenset(avoid)))
+            attempt = _Attempt(self._leases, lease, self._channels, self._submitted(lease), self._block_size)
+            self.num_attempts += 1
+            self.replica_id = lease.replica_id
+            try:
+                self._outputs = outputs = attempt.start()
+                while self._open and (batch := await outputs.next()):
+                    if (taken := self._take(batch)) is not None:
+                        yield taken
+            except ReplicaLostError as error:
+                num_lost += 1
+                avoid = {lease.replica_id}
+                self._leases.replica_lost(lease.replica_id)
+                logger.warning("%s: %s; attempt %d", self.request_id, error, self.num_attempts)
+                if num_lost >= MAX_ATTEMPTS:
+                    raise EngineUnavailableError(
+                        f"{num_lost} replicas were lost while they ran this request; it is not tried again"
+                    ) from error
+            except LeaseRefusedError as error:
+                num_refused += 1
+                logger.info("%s: %s", self.request_id, error)
+                if num_refused >= MAX_REFUSALS:
+                    raise EngineUnavailableError(
+                        f"replicas refused this request {num_refused} times: {error}"
+                    ) from error
+                await asyncio.sleep(0.02 * num_refused)  # reports come a few times a second
+            finally:
+                attempt.finish(sum(map(len, self._emitted.values())) if not self._open else None)
+
+    # ---- parts ---------------------------------------------------------------------------------------------------
+
+    def _wanted(self, not_on: frozenset[str]) -> LeaseRequest:
+        first = next(iter(self._open.values()))
+        assert first.sampling.max_tokens is not None
+        return LeaseRequest(
+            # Each attempt asks under a name of its own: an answer to an earlier one is not for this one.
+            f"{self.request_id}#{self.num_attempts}",
+            self._leases.holder_id,
+            len(first.prompt_token_ids),
+            first.sampling.max_tokens,
+            len(self._open),
+            first.priority,
+            self._prefix_hashes,
+            not_on,
+            self._remaining_ms(),
+        )
+
+    def _submitted(self, lease: Lease) -> list[GenerateRequest]:
+        remaining_ms = self._remaining_ms()
+        return [
+            dataclasses.replace(
+                request,
+                output_token_ids=tuple(self._emitted[choice_index]),
+                lease_id=lease.lease_id,
+                attempt=self.num_attempts,
+                remaining_ms=remaining_ms,
+            )
+            for choice_index, request in self._open.items()
+        ]
+
+    def _remaining_ms(self) -> float | None:
+        if self._deadline is None:
+            return None
+        remaining = (self._deadline - asyncio.get_running_loop().time()) * 1000.0
+        if remaining <= 0:
+            raise DeadlineExceededError("the deadline of this request has passed")
+        return remaining
+
+    def _take(self, batch: list[TokenOutput]) -> list[TokenOutput] | None:
+        """What the reader should see of it. An engine that stops is a replica that is lost."""
+        shown = []
+        for output in batch:
+            if output.choice_index not in self._open:
+                continue
+            if output.error_code == EngineUnavailableError.code:
+                raise ReplicaLostError(f"replica {self.replica_id}: {output.error}")
+            self._emitted[output.choice_index] += output.token_ids
+            if output.finish_reason is not None:
+                del self._open[output.choice_index]
+            shown.append(output)
+        return shown or None
+
+
+class _Attempt:
+    """One lease and what runs under it."""
+
+    def __init__(
+        self, leases: Leases, lease: Lease, channels: Channels, requests: list[GenerateRequest], block_size: int
+    ) -> None:
+        self._leases = leases
+        self._lease = lease
+        self._channels = channels
+        self._requests = requests
+        self._num_blocks = -(-lease.num_tokens // block_size)
+        self._outputs: Outputs | None = None
+
+    def start(self) -> Outputs:
+        self._outputs = self._channels.start(self._lease.replica_id, self._requests, self._num_blocks)
+        return self._outputs
+
+    def finish(self, num_output_tokens: int | None) -> None:
+        """Aborts what still runs. The lease is settled when the replica has ended it: at once, or in a task of its
+        own, since the reader may be cancelled, and then every await in it raises."""
+        if self._outputs is None or self._outputs.has_ended:
+            self._leases.settle(self._lease, num_output_tokens)
+            return
+        self._outputs.abort()
+        task = asyncio.get_running_loop().create_task(
+            self._settle_later(self._outputs, num_output_tokens), context=contextvars.Context()
+        )
+        _settling.add(task)
+        task.add_done_callback(_settling.discard)
+
+    async def _settle_later(self, outputs: Outputs, num_output_tokens: int | None) -> None:
+        await outputs.ended()
+        self._leases.settle(self._lease, num_output_tokens)
+
+
+_settling: set[asyncio.Task[None]] = set()
+"""Tasks that wait for a replica to end an aborted request; the event loop keeps only weak references."""
+
+
+def prefix_hashes(token_ids: Sequence[int], block_size: int, salt: str) -> tuple[int, ...]:
+    """One 64-bit hash per full block of a prompt, each over the whole prefix up to there and the salt.
+
+    Only the router compares them, with those of other requests: any stable hash will do. BLAKE2b (RFC 7693).
+    """
+    hashes = []
+    parent = salt.encode("utf-8", errors="surrogatepass")
+    for start in range(0, len(token_ids) - block_size + 1, block_size):
+        block = b",".join(b"%d" % token_id for token_id in token_ids[start : start + block_size])
+        parent = hashlib.blake2b(parent + b"|" + block, digest_size=8).digest()
+        hashes.append(int.from_bytes(parent, "little"))
+    return tuple(hashes)

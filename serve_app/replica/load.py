@@ -1,0 +1,69 @@
+"""From the application's arguments to an Engine: the model, or the simulated runner. Knows which options go where."""
+
+from __future__ import annotations
+
+import os
+
+from serve_app import hub
+from serve_app.config import ServeArgs
+from serve_app.engine.engine import Engine
+from serve_app.engine.simulated_runner import SimulatedRunner
+from serve_app.text.tokenizer import Tokenizer
+
+SIMULATED_KV_BLOCKS = 1024
+SIMULATED_MODEL_LEN = 4096
+"""Where the configuration does not say it, a runner without a model has these."""
+
+
+def environment(args: ServeArgs) -> dict[str, str]:
+    """Variables of a replica's process. They are read when torch is loaded.
+
+    Threads: Ray sets OMP_NUM_THREADS to the actor's CPUs, and bits are promised for equal thread counts alone. oneDNN's
+    default may be changed from outside to round float32 products to a shorter type: not here.
+    """
+    variables = {"ONEDNN_DEFAULT_FPMATH_MODE": "STRICT", "TOKENIZERS_PARALLELISM": "false"}
+    if args.engine.num_threads is not None:
+        variables["OMP_NUM_THREADS"] = variables["MKL_NUM_THREADS"] = str(args.engine.num_threads)
+    return variables
+
+
+def load_engine(args: ServeArgs) -> Engine:
+    """Takes as long as the model does. Raises a StartupError that says what is wrong.
+
+    Sets `environment` first: where a YAML file has ray_actor_options, Ray Serve drops the runtime_env that app.build
+    gave, and torch is not loaded yet.
+    """
+    os.environ.update(environment(args))
+    if args.model.runner == "simulated":
+        return _simulated(args)
+    from serve_app.runner.model_runner import ModelRunner  # torch: only where a model is loaded
+
+    model, config = args.model, args.engine.to_engine_config()
+    runner = ModelRunner(
+        model.source,
+        config,
+        dtype=model.dtype,
+        device=model.device,
+        load_format=model.load_format,
+        revision=model.revision,
+    )
+    return Engine(config, runner)
+
+
+def _simulated(args: ServeArgs) -> Engine:
+    model, config = args.model, args.engine.to_engine_config()
+    costs = model.simulated
+    vocab_size = costs.vocab_size if costs is not None else None
+    if vocab_size is None:
+        directory = hub.resolve_model(model.tokenizer or model.source, patterns=hub.TEXT_FILES)
+        vocab_size = Tokenizer.from_directory(directory).vocab_size
+    options = {} if costs is None else costs.model_dump(exclude={"vocab_size", "eos_token_ids"})
+    runner = SimulatedRunner(
+        num_kv_blocks=config.num_kv_blocks or SIMULATED_KV_BLOCKS,
+        block_size=config.block_size,
+        max_model_len=config.max_model_len or SIMULATED_MODEL_LEN,
+        vocab_size=vocab_size,
+        eos_token_ids=frozenset(costs.eos_token_ids if costs is not None else ()),
+        **options,
+    )
+    return Engine(config, runner)

@@ -1,0 +1,150 @@
+"""Replica: the Ray Serve deployment around one AsyncEngine. Wires engine, lease table, channels and reports together.
+
+Knows Ray Serve's hooks. engine/ knows what runs, channel.py and output_hub.py what travels, lease_table.py what is booked.
+
+A replica is lost rather than sick: if the engine's thread has died, or a step has not returned for STUCK_SECONDS, the
+process ends at once, and whoever used it knows within milliseconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import os
+from collections.abc import AsyncGenerator
+from functools import partial
+from typing import Any
+
+from ray import serve
+
+from serve_app import logs
+from serve_app.config import ServeArgs
+from serve_app.engine.async_engine import AsyncEngine
+from serve_app.engine.request import GenerateRequest
+from serve_app.replica.autoscaling import COMMITTED, POOL, QUEUED
+from serve_app.replica.lease_table import LeaseTable
+from serve_app.replica.load import load_engine
+from serve_app.replica.messages import Message
+from serve_app.replica.output_hub import ChannelHub
+from serve_app.routing import router
+from serve_app.routing.ledger import ReplicaReport
+from serve_app.routing.router_client import RayRouter, RouterUnavailableError
+
+logger = logs.get_logger(__name__)
+
+REPORT_SECONDS = 0.25
+"""Between two reports to the router."""
+REPORT_CALL_SECONDS = 2.0
+"""A report that is unanswered for so long is given up; the next one says all of it."""
+STUCK_SECONDS = 120.0
+"""A step that has not returned for so long will not: the process ends. Far above the longest step of a CPU."""
+
+
+class Replica:
+    """``args``: the application's, as plain data."""
+
+    async def __init__(self, args: dict[str, Any]) -> None:  # type: ignore[misc]
+        context = serve.get_replica_context()
+        self.replica_id = context.replica_id.unique_id
+        # Made before the model is loaded, so that it has had its grace when the first request comes.
+        self._router = RayRouter(partial(router.connect, context.app_name))
+        engine = await asyncio.to_thread(load_engine, ServeArgs.parse(args))
+        self.engine = AsyncEngine(engine)
+        self.engine.start()
+        loop = asyncio.get_running_loop()
+        self.table = LeaseTable(engine.runner.num_kv_blocks)
+        self.hub = ChannelHub(self.engine, self.table, loop)
+        self._fingerprint: str = getattr(engine.runner, "fingerprint", "simulated")
+        self._num_reports = 0
+        self._num_queued_tokens = 0
+        # In an empty context: it belongs to no call.
+        self._reporter = loop.create_task(self._report_forever(), context=contextvars.Context())
+        logger.info("replica %s is ready", self.replica_id)
+
+    # ---- the channel's replica end -------------------------------------------------------------------------------
+
+    async def open_channel(self, ingress_id: str) -> int:
+        return self.hub.open_channel(ingress_id)
+
+    async def close_channel(self, channel_id: int) -> None:
+        self.hub.close_channel(channel_id)
+
+    async def submit(self, channel_id: int, first_key: int, requests: list[GenerateRequest], num_blocks: int) -> None:
+        await self.hub.submit(channel_id, first_key, requests, num_blocks)
+
+    async def ack(self, channel_id: int, number: int, aborts: list[int]) -> None:
+        self.hub.ack(channel_id, number, aborts)
+
+    async def outputs(self, channel_id: int, after: int) -> AsyncGenerator[Message, None]:
+        async with contextlib.aclosing(self.hub.outputs(channel_id, after)) as messages:
+            async for message in messages:
+                yield message
+
+    # ---- Ray Serve's hooks ---------------------------------------------------------------------------------------
+
+    async def check_health(self) -> None:
+        """Ends the process if the engine is dead or stuck: its streams then move at once."""
+        error = None
+        if not self.engine.is_alive:
+            error = f"the engine has died: {self.engine.error}"
+        elif self.engine.seconds_without_progress > STUCK_SECONDS:
+            error = f"a step has not returned for {self.engine.seconds_without_progress:.0f} s"
+        if error is not None:
+            logger.critical("replica %s ends: %s", self.replica_id, error)
+            os._exit(1)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        block_size = self.engine.engine.config.block_size
+        return {
+            COMMITTED: float(self.table.num_booked_blocks * block_size),
+            POOL: float(self.table.num_blocks * block_size),
+            QUEUED: float(self._num_queued_tokens),
+        }
+
+    async def __del__(self) -> None:
+        self._reporter.cancel()
+        await asyncio.to_thread(self.engine.stop, 5.0)
+
+    async def describe(self) -> dict[str, Any]:
+        """Its own books, for tests and inspection."""
+        return {
+            "replica_id": self.replica_id,
+            "pid": os.getpid(),
+            "leases": self.table.rows(),
+            "num_free_blocks": self.table.num_free_blocks,
+            "num_unfinished": self.engine.num_unfinished,
+            "num_used_blocks": self.engine.engine.scheduler.pool.num_used_blocks,
+            "num_steps": self.engine.num_steps,
+        }
+
+    # ---- reports -------------------------------------------------------------------------------------------------
+
+    async def _report_forever(self) -> None:
+        while True:
+            try:
+                answer, self._num_queued_tokens = await asyncio.wait_for(
+                    self._router.call("report", self._report()), REPORT_CALL_SECONDS
+                )
+                if answer.is_draining and not self.hub.is_draining:
+                    logger.info("replica %s drains", self.replica_id)
+                    self.hub.start_draining()
+            except (RouterUnavailableError, TimeoutError) as error:
+                logger.info("the router did not take a report: %s", error)
+            await asyncio.sleep(REPORT_SECONDS)
+
+    def _report(self) -> ReplicaReport:
+        self._num_reports += 1
+        scheduler = self.engine.engine.scheduler
+        return ReplicaReport(
+            replica_id=self.replica_id,
+            report_number=self._num_reports,
+            block_size=self.engine.engine.config.block_size,
+            num_blocks=self.table.num_blocks,
+            max_model_len=scheduler.max_model_len,
+            fingerprint=self._fingerprint,
+            leases=self.table.rows(),
+            num_ended_leases=self.table.num_ended,
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+        )

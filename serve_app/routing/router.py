@@ -1,0 +1,238 @@
+"""The router: one actor around the ledger of an application. Knows calls and time; ledger.py decides.
+
+    ingress   ask(requests) -> leases or errors of those that need not wait      one call in flight, carrying all that wait
+              take_grants() -> answers to those that waited                      a long poll, only while something waits
+              tell(settled, withdrawn, ...) -> RouterState                       one call in flight; at least every second
+    replica   report(its table) -> epoch, whether it drains, what waits          a few times a second
+
+`Router` is a plain class on one event loop, so tests run it without Ray. `connect` finds or makes the Ray actor: named,
+detached, restarted by Ray for ever, with the application's name and PROTOCOL in its name. Each life has a higher epoch,
+and grants nothing until replicas had time to report. It ends itself when nobody has called it for IDLE_SECONDS.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import ray
+
+from serve_app.errors import RaggedServeError
+from serve_app.logs import get_logger
+from serve_app.routing.ledger import Lease, LeaseRequest, Ledger, LedgerOptions, ReplicaReport, ReportAnswer
+
+logger = get_logger(__name__)
+
+NAMESPACE = "ragged-serve"
+PROTOCOL = 1
+"""Changes with any change of what crosses processes here: two versions of the code then have two routers."""
+IDLE_SECONDS = 60.0
+"""Without a call for so long the application is gone, and the router ends itself."""
+GRACE_SECONDS = 1.5
+"""A new router waits so long for reports before it grants: replicas report four times a second."""
+POLL_SECONDS = 20.0
+"""Longest time that one `take_grants` waits."""
+
+Answer = Lease | RaggedServeError
+
+
+class RouterState(NamedTuple):
+    """What an ingress should know of the replicas."""
+
+    epoch: int
+    is_rebuilding: bool
+    replica_ids: tuple[str, ...]
+    """Those that report and do not drain."""
+    block_size: int
+    """0: no replica has reported."""
+    num_blocks: int
+    """Of the largest pool."""
+    max_model_len: int
+    """The smallest of all replicas, so that any of them can hold what was accepted."""
+    fingerprints: tuple[str, ...]
+    """Distinct numerics fingerprints, sorted."""
+
+
+class Settled(NamedTuple):
+    lease_id: str
+    num_output_tokens: int | None
+    """Of all choices; None: the answer was cut off."""
+
+
+class Router:
+    """The ledger with a clock and with mailboxes. Every method on one event loop."""
+
+    def __init__(self, epoch: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self.ledger = Ledger(LedgerOptions(), epoch, rebuilding=True, grace_seconds=GRACE_SECONDS)
+        self.called_at = clock()
+        self._holder_of: dict[str, str] = {}
+        """Request that waits -> who asked."""
+        self._mailboxes: dict[str, list[tuple[str, Answer]]] = {}
+        self._arrived = asyncio.Event()
+        """Something came into some mailbox."""
+        self._timer: asyncio.TimerHandle | None = None
+
+    # ---- ingress -------------------------------------------------------------------------------------------------
+
+    async def ask(self, requests: list[LeaseRequest]) -> list[Answer | None]:
+        """For each request its lease, its error, or None: it waits, and `take_grants` will answer."""
+        now = self._called()
+        answers: list[Answer | None] = []
+        for request in requests:
+            try:
+                lease = self.ledger.request(request, now)
+            except RaggedServeError as error:
+                answers.append(error)
+                continue
+            answers.append(lease)
+            if lease is None:
+                self._holder_of[request.request_id] = request.holder_id
+        self._deliver()
+        return answers
+
+    async def take_grants(self, holder_id: str) -> list[tuple[str, Answer]]:
+        """Answers for requests of this holder that waited. Waits until there is one, at most POLL_SECONDS."""
+        deadline = self._called() + POLL_SECONDS
+        while not self._mailboxes.get(holder_id):
+            self._arrived.clear()
+            try:
+                await asyncio.wait_for(self._arrived.wait(), deadline - self._clock())
+            except TimeoutError:
+                break
+        return self._mailboxes.pop(holder_id, [])
+
+    async def tell(
+        self,
+        holder_id: str,
+        settled: list[Settled],
+        withdrawn: list[str],
+        lost_replicas: list[str],
+        departing_replicas: list[str],
+    ) -> RouterState:
+        """What happened at an ingress; also its sign of life. Safe to say twice.
+
+        ``lost_replicas``: calls to them fail. ``departing_replicas``: Ray Serve took them off the list, so they drain.
+        """
+        now = self._called()
+        self.ledger.renew(holder_id, now)
+        for lease_id, num_output_tokens in settled:
+            self.ledger.settle(lease_id, num_output_tokens, now)
+        for request_id in withdrawn:
+            self._holder_of.pop(request_id, None)
+            self.ledger.withdraw(request_id)
+        for replica_id in lost_replicas:
+            self.ledger.forget_replica(replica_id, now)
+        for replica_id in departing_replicas:
+            self.ledger.start_draining(replica_id)
+        self._deliver()
+        return self._state()
+
+    async def set_options(self, options: LedgerOptions, version: int) -> bool:
+        """Takes them unless a newer version is in force."""
+        self._called()
+        taken = self.ledger.set_options(options, version)
+        self._deliver()
+        return taken
+
+    # ---- replica -------------------------------------------------------------------------------------------------
+
+    async def report(self, report: ReplicaReport) -> tuple[ReportAnswer, int]:
+        """The replica's table; see Ledger.report. The second value: tokens that wait in the queue, for autoscaling."""
+        answer = self.ledger.report(report, self._called())
+        self._deliver()
+        return answer, self.ledger.num_queued_tokens
+
+    # ---- looking at it -------------------------------------------------------------------------------------------
+
+    async def snapshot(self) -> dict[str, Any]:
+        """Ledger.snapshot, with the process that it lives in."""
+        return {**self.ledger.snapshot(), "pid": os.getpid()}
+
+    async def books(self) -> dict[str, Any]:
+        """Each replica's live leases as the ledger has them: for tests and inspection."""
+        return {replica_id: self.ledger.rows(replica_id) for replica_id in self.ledger.snapshot()["replicas"]}
+
+    # ---- parts ---------------------------------------------------------------------------------------------------
+
+    def _called(self) -> float:
+        self.called_at = self._clock()
+        return self.called_at
+
+    def _deliver(self) -> None:
+        """Puts what the queue gives now into the mailboxes, and comes back when the ledger's next event is due."""
+        now = self._clock()
+        for request_id, answer in self.ledger.grants(now):
+            holder_id = self._holder_of.pop(request_id, None)
+            if holder_id is not None:
+                self._mailboxes.setdefault(holder_id, []).append((request_id, answer))
+                self._arrived.set()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        due = self.ledger.next_event_at(now)
+        if due is not None:
+            self._timer = asyncio.get_running_loop().call_later(max(0.01, due - now), self._deliver)
+
+    def _state(self) -> RouterState:
+        snapshot = self.ledger.snapshot()
+        open_ones = {
+            replica_id: replica
+            for replica_id, replica in snapshot["replicas"].items()
+            if not replica["is_draining"] and not replica["is_silent"]
+        }
+        return RouterState(
+            self.ledger.epoch,
+            self.ledger.is_rebuilding,
+            tuple(open_ones),
+            min((r["block_size"] for r in open_ones.values()), default=0),
+            max((r["num_blocks"] for r in open_ones.values()), default=0),
+            min((r["max_model_len"] for r in open_ones.values()), default=0),
+            tuple(sorted({r["fingerprint"] for r in open_ones.values()})),
+        )
+
+
+class RouterActor(Router):
+    """`Router` as a Ray actor."""
+
+    def __init__(self, name: str) -> None:
+        # Milliseconds since 1970: higher in each life, wherever it is started.
+        super().__init__(epoch=int(time.time() * 1000))
+        self._idle_check: asyncio.Task[None] | None = None
+        logger.info("%s, epoch %d", name, self.ledger.epoch)
+
+    def _called(self) -> float:
+        if self._idle_check is None:
+            self._idle_check = asyncio.get_running_loop().create_task(self._end_when_idle())
+        return super()._called()
+
+    async def _end_when_idle(self) -> None:
+        while (rest := self.called_at + IDLE_SECONDS - self._clock()) > 0:
+            await asyncio.sleep(rest)
+        logger.info("nobody has called for %.0f s: the router ends", IDLE_SECONDS)
+        ray.kill(ray.get_runtime_context().current_actor)
+
+
+def actor_name(app_name: str) -> str:
+    return f"router:{app_name}:v{PROTOCOL}"
+
+
+def connect(app_name: str) -> Any:
+    """The handle of the application's router, which is made if there is none. May block for a while."""
+    name = actor_name(app_name)
+    return (
+        ray.remote(RouterActor)
+        .options(
+            name=name,
+            namespace=NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            max_restarts=-1,
+            num_cpus=0,
+            max_concurrency=1000,
+        )
+        .remote(name)
+    )

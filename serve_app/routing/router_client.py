@@ -1,0 +1,367 @@
+"""RouterClient: the ingress's side of the router. Knows one lease at a time; knows no Ray, no HTTP, no channel.
+
+Each ingress keeps one `ask` and one `tell` in flight, each carrying all that has come together meanwhile: batching
+without a timer. Requests that wait in the router's queue are answered through `take_grants`.
+
+While the router is away new requests wait for ``away_seconds``. Then the client makes a lease of its own on one of two
+replicas, the one on which it has booked less itself (power of two choices, Mitzenmacher 2001). The replica may refuse it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import itertools
+import random
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
+
+from serve_app.errors import EngineUnavailableError, RaggedServeError
+from serve_app.logs import get_logger
+from serve_app.routing.ledger import Lease, LeaseRequest, LedgerOptions, num_blocks_for
+from serve_app.routing.router import Answer, RouterState, Settled
+
+logger = get_logger(__name__)
+
+RENEW_SECONDS = 1.0
+"""An ingress speaks to the router at least this often."""
+CALL_SECONDS = 5.0
+"""A call unanswered for so long has failed."""
+POLL_CALL_SECONDS = 30.0
+"""The same for `take_grants`, which waits on purpose."""
+
+
+class RouterUnavailableError(Exception):
+    """The router does not answer. Raised by a RouterSeam, caught here."""
+
+
+class RouterSeam(Protocol):
+    """Calls a method of `Router`. Raises RouterUnavailableError where it cannot be reached or does not answer."""
+
+    async def call(self, method: str, *args: Any) -> Any: ...
+
+
+class RouterClient:
+    """For one event loop. ``replica_ids``: the replicas that calls can reach now, as Ray Serve says."""
+
+    def __init__(
+        self,
+        seam: RouterSeam,
+        holder_id: str,
+        replica_ids: Callable[[], list[str]] = list,
+        *,
+        away_seconds: float = 2.0,
+        seed: int | None = None,
+    ) -> None:
+        self.holder_id = holder_id
+        self.state: RouterState | None = None
+        """What the router said last."""
+        self.is_away = False
+        """The last call failed."""
+        self.counters: Counter[str] = Counter()
+        self._seam = seam
+        self._replica_ids = replica_ids
+        self._away_seconds = away_seconds
+        self._random = random.Random(seed)
+        self._numbers = itertools.count(1)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._new: dict[str, LeaseRequest] = {}
+        """Not yet asked."""
+        self._answers: dict[str, asyncio.Future[Lease]] = {}
+        self._queued: dict[str, LeaseRequest] = {}
+        """Told to wait."""
+        self._settled: dict[str, Settled] = {}
+        self._withdrawn: dict[str, None] = {}
+        self._lost: dict[str, None] = {}
+        self._departing: dict[str, None] = {}
+        self._seen_replicas: set[str] = set()
+        self._own: dict[str, tuple[str, int]] = {}
+        """Lease -> replica and tokens, of all leases that this ingress holds."""
+        self._options: tuple[LedgerOptions, int] | None = None
+        self._told_options: tuple[int, int] | None = None
+        """Epoch and version that the router has."""
+        self._has_new = asyncio.Event()
+        self._has_news = asyncio.Event()
+        """There is something to tell."""
+        self._has_queued = asyncio.Event()
+        self._answered = asyncio.Event()
+        self._is_closed = False
+
+    def start(self) -> None:
+        """Starts the three loops. In an empty context: they belong to no client's request."""
+        for loop in (self._ask_forever, self._tell_forever, self._take_forever):
+            self._spawn(loop())
+
+    async def close(self) -> None:
+        """Tells the router the last settlements, if it answers, and ends."""
+        self._is_closed = True
+        for task in list(self._tasks):
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        with contextlib.suppress(RouterUnavailableError):
+            await self._tell()
+
+    # ---- for requests --------------------------------------------------------------------------------------------
+
+    async def lease(self, request: LeaseRequest) -> Lease:
+        """Waits for a lease. A caller that is cancelled gives it back, whenever it comes.
+
+        Raises what the ledger answers (OverloadedError, RequestTooLargeError, DeadlineExceededError, ...), and
+        EngineUnavailableError if the router is away and no replica is known either.
+        """
+        request_id = request.request_id
+        answer: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
+        self._answers[request_id] = answer
+        self._new[request_id] = request
+        self._has_new.set()
+        try:
+            lease = await self._wait(request, answer)
+        except BaseException:
+            self._drop(request_id, answer)
+            raise
+        self._answers.pop(request_id, None)
+        self._own[lease.lease_id] = lease.replica_id, lease.num_tokens
+        return lease
+
+    def settle(self, lease: Lease, num_output_tokens: int | None) -> None:
+        """The replica has ended it, or is lost. ``num_output_tokens``: of all choices; None: learn nothing from it."""
+        self._own.pop(lease.lease_id, None)
+        self._settled[lease.lease_id] = Settled(lease.lease_id, num_output_tokens)
+        self._has_news.set()
+
+    def replica_lost(self, replica_id: str) -> None:
+        """Calls to it fail: the router forgets it at once."""
+        self._lost[replica_id] = None
+        self._has_news.set()
+
+    def set_options(self, options: LedgerOptions, version: int) -> None:
+        """Hands them to the router, again after each of its lives."""
+        self._options = options, version
+        self._has_news.set()
+
+    async def has_answered(self) -> None:
+        """Returns when the router has answered once."""
+        await self._answered.wait()
+
+    async def look(self, method: str) -> Any:
+        """`Router.snapshot` or `Router.books`. Raises EngineUnavailableError."""
+        try:
+            return await self._call(CALL_SECONDS, method)
+        except RouterUnavailableError as error:
+            raise EngineUnavailableError(f"the router does not answer: {error}") from error
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a lease."""
+        return len(self._answers)
+
+    # ---- waiting -------------------------------------------------------------------------------------------------
+
+    async def _wait(self, request: LeaseRequest, answer: asyncio.Future[Lease]) -> Lease:
+        """While the router answers there is no limit here: its own queue has one."""
+        loop = asyncio.get_running_loop()
+        away_since: float | None = None
+        while True:
+            done, _ = await asyncio.wait({answer}, timeout=self._away_seconds / 4)
+            if done:
+                return answer.result()
+            if not self.is_away:
+                away_since = None
+            elif away_since is None:
+                away_since = loop.time()
+            elif loop.time() - away_since >= self._away_seconds:
+                return self._make_lease(request)
+
+    def _make_lease(self, request: LeaseRequest) -> Lease:
+        candidates = [r for r in self._replica_ids() if r not in request.not_on]
+        if not candidates or self.state is None or not self.state.block_size:
+            raise EngineUnavailableError(
+                f"the router does not answer for {self._away_seconds:g} s, and no replica is known"
+            )
+        loads: Counter[str] = Counter()
+        for replica_id, num_tokens in self._own.values():
+            loads[replica_id] += num_tokens
+        replica_id = min(self._random.sample(candidates, min(2, len(candidates))), key=lambda r: loads[r])
+        block_size = self.state.block_size
+        num_blocks = num_blocks_for(
+            request.num_prompt_tokens, request.max_output_tokens, request.num_choices, block_size
+        )
+        self.counters["own_leases"] += 1
+        lease_id = f"{self.holder_id}.{next(self._numbers)}"
+        self._forget(request.request_id)
+        return Lease(lease_id, replica_id, num_blocks * block_size, 0)
+
+    def _drop(self, request_id: str, answer: asyncio.Future[Lease]) -> None:
+        """The caller does not wait any more. What is on its way is given back when it arrives."""
+        if answer.done() and not answer.cancelled() and answer.exception() is None:
+            self.settle(answer.result(), None)
+        self._forget(request_id)
+
+    def _forget(self, request_id: str) -> None:
+        self._answers.pop(request_id, None)
+        was_asked = self._new.pop(request_id, None) is None
+        if self._queued.pop(request_id, None) is not None or was_asked:
+            self._withdrawn[request_id] = None
+            self._has_news.set()
+
+    def _resolve(self, request_id: str, answer: Answer) -> None:
+        self._queued.pop(request_id, None)
+        waiter = self._answers.get(request_id)
+        if waiter is None or waiter.done():
+            if isinstance(answer, Lease):
+                self.settle(answer, None)
+        elif isinstance(answer, Lease):
+            waiter.set_result(answer)
+        else:
+            waiter.set_exception(answer)
+
+    # ---- the three loops -----------------------------------------------------------------------------------------
+
+    async def _ask_forever(self) -> None:
+        while True:
+            await self._has_new.wait()
+            self._has_new.clear()
+            asked, self._new = self._new, {}
+            if not asked:
+                continue
+            try:
+                answers = await self._call(CALL_SECONDS, "ask", list(asked.values()))
+            except RouterUnavailableError:
+                # Asked again: a request that was heard keeps its place, or gets the same lease.
+                again = {i: r for i, r in asked.items() if i in self._answers}
+                self._new = {**again, **self._new}
+                await self._pause()
+                self._has_new.set()
+                continue
+            for (request_id, request), answer in zip(asked.items(), answers, strict=True):
+                if answer is not None:
+                    self._resolve(request_id, answer)
+                elif request_id in self._answers:
+                    self._queued[request_id] = request
+                    self._has_queued.set()
+
+    async def _take_forever(self) -> None:
+        while True:
+            await self._has_queued.wait()
+            if not self._queued:
+                self._has_queued.clear()
+                continue
+            try:
+                answers = await self._call(POLL_CALL_SECONDS, "take_grants", self.holder_id)
+            except RouterUnavailableError:
+                # A new router does not know who waits: all are asked for again.
+                self._new = {**self._queued, **self._new}
+                self._queued = {}
+                await self._pause()
+                self._has_new.set()
+                continue
+            for request_id, answer in answers:
+                self._resolve(request_id, answer)
+
+    async def _tell_forever(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._has_news.wait(), RENEW_SECONDS)
+            try:
+                await self._tell()
+            except RouterUnavailableError:
+                await self._pause()
+
+    async def _tell(self) -> None:
+        self._has_news.clear()
+        self._find_departed()
+        boxes: tuple[dict[str, Any], ...] = (self._settled, self._withdrawn, self._lost, self._departing)
+        told = tuple(dict(box) for box in boxes)
+        epoch = None if self.state is None else self.state.epoch
+        state: RouterState = await self._call(
+            CALL_SECONDS, "tell", self.holder_id, list(told[0].values()), *(list(box) for box in told[1:])
+        )
+        for box, sent in zip(boxes, told, strict=True):
+            for key in sent:
+                box.pop(key, None)
+        self.state = state
+        if self._options is not None and self._told_options != (state.epoch, self._options[1]):
+            options, version = self._options
+            await self._call(CALL_SECONDS, "set_options", options, version)
+            self._told_options = state.epoch, version
+        if epoch is not None and state.epoch != epoch:
+            self.counters["router_lives"] += 1
+            logger.warning("the router has begun a new life, epoch %d", state.epoch)
+            self._new = {**self._queued, **self._new}  # its queue is empty
+            self._queued = {}
+            self._has_new.set()
+        self._answered.set()
+
+    def _find_departed(self) -> None:
+        """Ray Serve takes a replica that drains off its list, and says no more of it."""
+        current = set(self._replica_ids())
+        for replica_id in self._seen_replicas - current:
+            self._departing[replica_id] = None
+        self._seen_replicas = current
+
+    async def _call(self, seconds: float, method: str, *args: Any) -> Any:
+        try:
+            result = await asyncio.wait_for(self._seam.call(method, *args), seconds)
+        except TimeoutError as error:
+            self._has_failed(method, f"no answer in {seconds:g} s")
+            raise RouterUnavailableError(f"{method}: no answer in {seconds:g} s") from error
+        except RouterUnavailableError as error:
+            self._has_failed(method, str(error))
+            raise
+        self.is_away = False
+        return result
+
+    def _has_failed(self, method: str, reason: str) -> None:
+        if not self.is_away:
+            logger.warning("the router does not answer to %s: %s", method, reason)
+        self.is_away = True
+        self.counters["failed_calls"] += 1
+
+    async def _pause(self) -> None:
+        await asyncio.sleep(0.05)
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine, context=contextvars.Context())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+class RayRouter:
+    """RouterSeam over the Ray actor: looked up by `connect` on a thread of its own, since a lookup may block."""
+
+    def __init__(self, connect: Callable[[], Any]) -> None:
+        self._connect = connect
+        self._handle: Any = None
+        self._lookup: asyncio.Task[Any] | None = None
+
+    async def call(self, method: str, *args: Any) -> Any:
+        from ray.exceptions import RayActorError, RayError, RayTaskError
+
+        try:
+            if self._handle is None:
+                self._handle = await self._look_up()
+            return await getattr(self._handle, method).remote(*args)
+        except RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, RaggedServeError):
+                raise cause from error
+            raise
+        except RayActorError as error:
+            # Unavailable: Ray restarts it, and the handle stays good. Died: it ended itself, and another is made.
+            if type(error).__name__ == "ActorDiedError":
+                self._handle = None
+            raise RouterUnavailableError(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+        except (RayError, ValueError) as error:
+            self._handle = None
+            raise RouterUnavailableError(f"{type(error).__name__}: {error}") from error
+
+    async def _look_up(self) -> Any:
+        """One lookup at a time, which goes on when its caller gives up."""
+        if self._lookup is None or self._lookup.done():
+            self._lookup = asyncio.get_running_loop().create_task(
+                asyncio.to_thread(self._connect), context=contextvars.Context()
+            )
+        return await asyncio.shield(self._lookup)
