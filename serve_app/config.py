@@ -332,7 +332,7 @@ class ServeArgs(Options):
 class RouterOptions(Options):
     """The router's ledger: who is granted what, and who waits for how long. The fields of LedgerOptions."""
 
-    policy: Literal["reserve", "expect"] = "reserve"
+    policy: Literal["reserve", "expect"] = "expect"
     """What a request books. reserve: all tokens it may have, so that nothing is ever preempted; expect: the output
     length learned from what finished."""
 

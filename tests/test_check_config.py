@@ -68,7 +68,7 @@ def test_the_options_of_config_yaml_arrive() -> None:
     args = ServeArgs.parse(application["args"])
     assert (args.model.model, args.engine.num_threads, args.engine.kv_cache_memory_bytes) == ("demo", 1, 2**28)
     options = IngressUserConfig.parse(application["deployments"][0]["user_config"])
-    assert (options.router.policy, options.router.max_queued_requests, options.limits.max_n) == ("reserve", 256, 16)
+    assert (options.router.policy, options.router.max_queued_requests, options.limits.max_n) == ("expect", 256, 16)
 
 
 MISTAKES = [
@@ -273,12 +273,12 @@ MISTAKES = [
         f"{A}.api.default_chat_max_tokens is '1e3'; it mu",
     ),
     (
-        "policy: reserve",
-        "policy: reserved",
-        f"{I}.user_config.router.policy is 'reserved'; it must be 'reserve' or 'e",
+        "policy: expect",
+        "policy: expected",
+        f"{I}.user_config.router.policy is 'expected'; it must be 'reserve' or 'e",
     ),
     (
-        "policy: reserve",
+        "policy: expect",
         "block_size: 16",
         f"{I}.user_config.router.block_size is 16; that key is unknown here; it bel",
     ),
@@ -432,7 +432,7 @@ def test_the_reference_names_every_option_once(capsys: pytest.CaptureFixture[str
                 assert all(cell.strip() for cell in found[0].strip("|").replace("\\|", "").split("|"))
     assert text.count("#### ") == len(groups) == 8
     assert "| `seed` | integer >= 0, <= 18446744073709551615 | `0` | Seeds dummy weights," in text
-    assert '| `policy` | `reserve` or `expect` | `"reserve"` | What a request books. reserve:' in text
+    assert '| `policy` | `reserve` or `expect` | `"expect"` | What a request books. reserve:' in text
 
 
 @pytest.mark.parametrize("target", [IMPORT_PATH, AUTOSCALING_POLICY])

@@ -49,6 +49,8 @@ class LeaseBook(Protocol):
 
     def end(self, lease_id: str) -> Any: ...
 
+    def grow(self, lease_id: str, num_blocks: int) -> Any: ...
+
     def renew(self, holder_id: str, now: float) -> Any: ...
 
 
@@ -67,6 +69,9 @@ class _Submission:
         self.lease_id = first.lease_id
         self.choices = {first_key + i: request.choice_index for i, request in enumerate(requests)}
         """Key -> choice_index, of the choices that have not ended."""
+        self.num_prompt_tokens = len(first.prompt_token_ids)
+        self.num_output_tokens = {first_key + i: len(request.output_token_ids) for i, request in enumerate(requests)}
+        """By key, of all choices."""
         self.accepted = accepted
         self.is_superseded = False
         """A later attempt has aborted it; under its id there may already run that one."""
@@ -211,6 +216,19 @@ class ChannelHub:
                 channel.waiter = loop.create_future()
                 await channel.waiter
 
+    # ---- bookings ------------------------------------------------------------------------------------------------
+
+    def grow_leases(self, block_size: int) -> None:
+        """Books what answers that outgrew their booking really hold, and their next token. A lease never shrinks.
+
+        Only leases of the policy `expect` grow: `reserve` has booked all that an answer may have.
+        """
+        for channel in self._channels.values():
+            for submission in channel.submissions.values():
+                full = submission.num_prompt_tokens // block_size
+                lengths = (submission.num_prompt_tokens + n + 1 for n in submission.num_output_tokens.values())
+                self._table.grow(submission.lease_id, full + sum(-(-length // block_size) - full for length in lengths))
+
     # ---- life ----------------------------------------------------------------------------------------------------
 
     def start_draining(self) -> None:
@@ -329,6 +347,7 @@ class ChannelHub:
                 logger.error("an output of nobody: %s", output)
                 continue
             submission, key = found
+            submission.num_output_tokens[key] += len(output[2])
             channel = submission.channel
             if output[5] is not None:
                 output = self._end_choice(submission, key, output)

@@ -135,6 +135,7 @@ class Replica:
 
     def _report(self) -> ReplicaReport:
         self._num_reports += 1
+        self.hub.grow_leases(self.engine.engine.config.block_size)
         scheduler = self.engine.engine.scheduler
         return ReplicaReport(
             replica_id=self.replica_id,

@@ -52,6 +52,7 @@ class Replica:
     async def report_forever(self) -> None:
         while True:
             self.num_reports += 1
+            self.hub.grow_leases(self.engine.engine.config.block_size)
             scheduler = self.engine.engine.scheduler
             report = ReplicaReport(
                 self.replica_id,

@@ -54,7 +54,9 @@ def llm(directory: Path) -> LLM:
 def slow_house(directory: Path) -> Iterator[House]:
     """Simulated, 10 ms a step: long enough to go away in the middle."""
     model = {"model": str(directory), "runner": "simulated", "simulated": {"seconds_per_step": 0.01}}
-    with House({"model": model, "engine": {**ENGINE, "num_kv_blocks": 40}}, api_keys=KEYS) as made:
+    reserve = {"router": {"policy": "reserve"}}
+    engine = {**ENGINE, "num_kv_blocks": 40}
+    with House({"model": model, "engine": engine}, api_keys=KEYS, user_config=reserve) as made:
         yield made
         made.check_rest()
 
@@ -313,8 +315,35 @@ def test_what_does_not_fit_waits_and_is_served(slow_house: House) -> None:
     slow_house.check_rest()
 
 
+def test_answers_that_outgrow_their_booking(directory: Path) -> None:
+    """Policy `expect`: forty short answers teach it to book little; then long ones grow in both books, past the pool."""
+    costs = {"seconds_per_step": 0.004, "eos_token_ids": list(range(150))}  # every other token ends an answer
+    model = {"model": str(directory), "runner": "simulated", "simulated": costs}
+    engine = {**ENGINE, "num_kv_blocks": 24}
+    with (
+        House({"model": model, "engine": engine}, num_replicas=1) as house,
+        ThreadPoolExecutor(40) as pool,
+        httpx.Client(base_url=house.url, timeout=60) as http,
+    ):
+
+        def ask(i: int, num_tokens: int) -> int:
+            body = {"prompt": f"{i} tokens", "max_tokens": 200, "min_tokens": num_tokens - 1, "seed": i}
+            answer = http.post("/v1/completions", json=body)
+            assert answer.status_code == 200, answer.text
+            return int(answer.json()["usage"]["completion_tokens"])
+
+        for i in range(40):
+            assert 2 <= ask(i, 2) < 30
+        assert all(150 <= num_tokens <= 200 for num_tokens in pool.map(ask, range(24), [150] * 24))
+        assert house.router is not None
+        counters = house.router.ledger.counters
+        assert counters["grown_blocks"] > 0
+        assert house.replicas[0].table.num_grown_past_pool > 0
+        house.check_rest()
+
+
 def test_overload_is_an_answer(directory: Path) -> None:
-    model = {"model": str(directory), "runner": "simulated", "simulated": {"seconds_per_step": 0.05}}
+    model = {"model": str(directory), "runner": "simulated", "simulated": {"seconds_per_step": 0.02}}
     router = {"max_queued_requests": 3, "max_queue_seconds": 20.0}
     engine = {**ENGINE, "num_kv_blocks": 8}
     with (
