@@ -9,6 +9,9 @@ STAMP       := $(VENV)/.ragged-serve-installed
 # For a machine without a GPU: make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 
+# What `make serve` serves.
+CONFIG      ?= deploy/config.yaml
+
 # What pytest runs: paths and options, e.g. make test T="tests/engine -k name"
 T           ?=
 
@@ -17,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup test lint format types bench clean
+.PHONY: help setup serve test lint format types bench clean
 
 help: ## list the targets and variables
 	@$(PYTHON) -c 'import re; \
@@ -27,6 +30,7 @@ help: ## list the targets and variables
 	@echo '  PYTHON=python3.12          the Python that .venv is made from (3.11 or newer)'
 	@echo '  TORCH_INDEX=<index url>    take torch alone from there, e.g. the CPU build (hundreds of MB, not GB):'
 	@echo '                             make test TORCH_INDEX=https://download.pytorch.org/whl/cpu'
+	@echo '  CONFIG=<file>              what make serve serves (deploy/config.yaml)'
 	@echo '  T="tests/engine -k name"   make test runs only that, without lint and types'
 
 setup: $(STAMP) ## make .venv and install everything in it (again only if pyproject.toml or constraints.txt changed)
@@ -44,6 +48,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo '==> installing ragged-serve, editable, with what its tests and checks need'
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	@echo installed > $(STAMP)
+
+serve: $(STAMP) ## start the server of CONFIG; Ctrl-C drains and ends all of it
+	@$(BIN)/python -m serve_app.launch $(CONFIG)
 
 test: $(STAMP) $(if $(T),,lint types) ## lint, types and all tests; with T=... only those tests
 	$(BIN)/python -m pytest $(T)

@@ -124,6 +124,8 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("api/http_app.py", SERVICE),
     ("api/ingress.py", SERVICE),
     ("app.py", ASSEMBLY),
+    ("serve_run.py", ASSEMBLY),
+    ("launch.py", ALONE),
     ("chat.py", ALONE),
     ("demo_model/examples.py", ALONE),
     ("demo_model/train.py", DEMO),
