@@ -24,6 +24,9 @@ from serve_app.replica.messages import ChannelOptions, Message, decode
 logger = get_logger(__name__)
 
 MAX_BACKOFF_SECONDS = 0.5
+MAX_SUBMIT_CALLS = 4
+"""Calls that submit to one replica at a time. A call returns when the engine has taken its requests, which is between two
+steps; those that come meanwhile go together. A few, so that one that comes just after a call need not wait for it."""
 
 
 class Transport(Protocol):
@@ -182,6 +185,10 @@ class Channels:
         return task
 
 
+_Submit = tuple[Outputs, tuple[int, list[GenerateRequest], int]]
+"""Where its outputs go, and what ChannelHub.submit is told: first key, choices, blocks."""
+
+
 class _Choice(NamedTuple):
     outputs: Outputs
     choice_index: int
@@ -201,6 +208,8 @@ class _Channel:
         self._transport = transport
         self._choices: dict[int, _Choice] = {}
         self._num_keys = 0
+        self._unsent: list[_Submit] = []
+        self._num_submit_calls = 0
         self._aborts: set[int] = set()
         """Keys whose abort the replica has not confirmed."""
         self._heard_at = loop.time()
@@ -228,28 +237,51 @@ class _Channel:
         # Before the call: a message may arrive before its reply.
         for i, request in enumerate(requests):
             self._choices[first_key + i] = _Choice(outputs, request.choice_index)
-        self._spawn(self._submit(outputs, first_key, requests, num_blocks))
+        self._unsent.append((outputs, (first_key, requests, num_blocks)))
+        if self._num_submit_calls < MAX_SUBMIT_CALLS:
+            self._num_submit_calls += 1
+            self._spawn(self._submit())
         return outputs
 
     def abort(self, keys: set[int]) -> None:
         self._aborts |= keys
         self._due.set()
 
-    async def _submit(self, outputs: Outputs, first_key: int, requests: list[GenerateRequest], num_blocks: int) -> None:
-        keys = range(first_key, first_key + len(requests))
+    async def _submit(self) -> None:
+        """Sends all that wait, as one call, until nothing waits: calls cost more than what they carry."""
         try:
-            await self._call_twice("submit", await asyncio.shield(self._opened), first_key, requests, num_blocks)
+            channel_id = await asyncio.shield(self._opened)
+            while self._unsent:
+                sent, self._unsent = self._unsent, []
+                await self._submit_all(channel_id, sent)
+        except ReplicaLostError as error:
+            unsent, self._unsent = self._unsent, []
+            for outputs, (first_key, requests, _) in unsent:
+                self._refused(outputs, range(first_key, first_key + len(requests)), error)
+        finally:
+            self._num_submit_calls -= 1
+
+    async def _submit_all(self, channel_id: int, sent: list[_Submit]) -> None:
+        answers: list[Exception | None]
+        try:
+            answers = await self._call_twice("submit_all", channel_id, [submit for _, submit in sent])
         except Exception as error:
-            is_unreachable = isinstance(error, ReplicaUnreachableError)
-            if is_unreachable and outputs.has_output:
-                return outputs._accept()  # both replies were lost, and it runs
-            if is_unreachable or not isinstance(error, RaggedServeError):
-                self.abort(set(keys))  # it may run
-            for key in keys:
-                self._choices.pop(key, None)
-            outputs._fail(error)
-        else:
-            outputs._accept()
+            answers = [error] * len(sent)
+        for (outputs, (first_key, requests, _)), answer in zip(sent, answers, strict=True):
+            if answer is None:
+                outputs._accept()
+            else:
+                self._refused(outputs, range(first_key, first_key + len(requests)), answer)
+
+    def _refused(self, outputs: Outputs, keys: range, error: Exception) -> None:
+        is_unreachable = isinstance(error, ReplicaUnreachableError)
+        if is_unreachable and outputs.has_output:
+            return outputs._accept()  # both replies were lost, and it runs
+        if is_unreachable or not isinstance(error, RaggedServeError):
+            self.abort(set(keys))  # it may run
+        for key in keys:
+            self._choices.pop(key, None)
+        return outputs._fail(error)
 
     # ---- the stream ----------------------------------------------------------------------------------------------
 

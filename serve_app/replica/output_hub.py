@@ -24,7 +24,7 @@ from concurrent.futures import Future
 from typing import Any, Protocol
 
 from serve_app.engine.request import FinishReason, GenerateRequest, TokenOutput
-from serve_app.errors import ChannelLostError, IngressStalledError, InvalidParameterError
+from serve_app.errors import ChannelLostError, IngressStalledError, InvalidParameterError, RaggedServeError
 from serve_app.logs import get_logger
 from serve_app.replica.messages import HEARTBEAT, ChannelOptions, Message, Outbox
 
@@ -163,6 +163,19 @@ class ChannelHub:
             return
         submission = channel.submissions.get(first_key) or self._start(channel, first_key, requests, num_blocks)
         await asyncio.shield(submission.accepted)
+
+    async def submit_all(
+        self, channel_id: int, submits: list[tuple[int, list[GenerateRequest], int]]
+    ) -> list[RaggedServeError | None]:
+        """`submit` for each (first_key, requests, num_blocks): None, or why it was refused. Raises ChannelLostError."""
+        self._heard(channel_id)
+        results = await asyncio.gather(*(self.submit(channel_id, *one) for one in submits), return_exceptions=True)
+        answers: list[RaggedServeError | None] = []
+        for result in results:
+            if result is not None and not isinstance(result, RaggedServeError):
+                raise result
+            answers.append(result)
+        return answers
 
     def ack(self, channel_id: int, number: int, aborts: Iterable[int] = ()) -> None:
         """All messages up to ``number`` have arrived; the choices with these keys shall end. The ingress lives.

@@ -22,6 +22,7 @@ from serve_app import logs
 from serve_app.config import ServeArgs
 from serve_app.engine.async_engine import AsyncEngine
 from serve_app.engine.request import GenerateRequest
+from serve_app.errors import RaggedServeError
 from serve_app.replica.autoscaling import COMMITTED, POOL, QUEUED
 from serve_app.replica.lease_table import LeaseTable
 from serve_app.replica.load import load_engine
@@ -70,8 +71,10 @@ class Replica:
     async def close_channel(self, channel_id: int) -> None:
         self.hub.close_channel(channel_id)
 
-    async def submit(self, channel_id: int, first_key: int, requests: list[GenerateRequest], num_blocks: int) -> None:
-        await self.hub.submit(channel_id, first_key, requests, num_blocks)
+    async def submit_all(
+        self, channel_id: int, submits: list[tuple[int, list[GenerateRequest], int]]
+    ) -> list[RaggedServeError | None]:
+        return await self.hub.submit_all(channel_id, submits)
 
     async def ack(self, channel_id: int, number: int, aborts: list[int]) -> None:
         self.hub.ack(channel_id, number, aborts)

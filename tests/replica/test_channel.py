@@ -691,7 +691,7 @@ def test_all_calls_are_made_in_an_empty_context() -> None:
             outputs.abort()
             await collect(outputs)
             await ingress.close()
-        assert seen == dict.fromkeys(("open_channel", "submit", "outputs", "ack", "close_channel"), "none")
+        assert seen == dict.fromkeys(("open_channel", "submit_all", "outputs", "ack", "close_channel"), "none")
 
     run_virtual(test)
 

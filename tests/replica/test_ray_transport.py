@@ -36,7 +36,6 @@ from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError, Req
 from serve_app.engine.async_engine import AsyncEngine
 from serve_app.engine.config import EngineConfig
 from serve_app.engine.engine import Engine
-from serve_app.engine.request import GenerateRequest
 from serve_app.engine.simulated_runner import SimulatedRunner
 from serve_app.errors import (
     ChannelLostError,
@@ -83,8 +82,8 @@ class HubReplica:
     async def close_channel(self, channel_id: int) -> None:
         self.hub.close_channel(channel_id)
 
-    async def submit(self, channel_id: int, first_key: int, requests: list[GenerateRequest], num_blocks: int) -> None:
-        await self.hub.submit(channel_id, first_key, requests, num_blocks)
+    async def submit_all(self, channel_id: int, submits: list[Any]) -> list[Any]:
+        return await self.hub.submit_all(channel_id, submits)
 
     async def ack(self, channel_id: int, number: int, aborts: tuple[int, ...]) -> None:
         self.hub.ack(channel_id, number, aborts)
