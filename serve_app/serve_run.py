@@ -74,6 +74,9 @@ def environment(environ: Mapping[str, str], *, with_haproxy: bool, work: str) ->
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else each process warns of a default that will change
         "RAY_SERVE_LOG_TO_STDERR": "0",  # the log files have it all
         "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",  # a sick replica drains for minutes otherwise
+        # Our handlers never block, and each thread between them and Serve costs a hop per call and per token.
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
         HA_PROXY: "1" if with_haproxy else "0",
     }
     if environ.get(HA_PROXY, chosen[HA_PROXY]) == "1":
@@ -318,7 +321,14 @@ def run(file: str, work: str, say: Any) -> int:
     os.environ.pop("RAY_ADDRESS", None)  # Ray is told below, and `serve run` must not be told again
     say("progress", "starting Ray" if is_ours else f"connecting to the Ray at {address}")
     options: dict[str, Any] = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES} if is_ours else {}
-    ray.init(address=address, namespace="serve", **options)
+    try:
+        ray.init(address=address, namespace="serve", **options)
+    except ConnectionError as error:
+        if is_ours:
+            raise
+        raise CannotStartError(
+            f"the Ray at {address} does not take this process: {error}. If it wants a token, set RAY_AUTH_MODE=token"
+        ) from error
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's own ends without a drain
     return _serve(file, config, _url(config, address), say, is_ours=is_ours)
 

@@ -108,6 +108,7 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("api/error_response.py", SERVICE),
     ("api/protocol.py", SERVICE),
     ("api/answers.py", SERVICE),
+    ("api/reference.py", SERVICE),
     ("routing/router.py", SERVICE),
     ("routing/router_client.py", SERVICE),
     ("routing/replica_set.py", CORE),

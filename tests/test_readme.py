@@ -1,4 +1,4 @@
-"""The README says what the code says: its option table is EngineConfig, its example is Python, its links lead somewhere."""
+"""The pages say what the code says: tables are made from it, examples are Python, links lead somewhere."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from serve_app import check_config
+from serve_app.api.reference import reference
 from serve_app.engine.config import EngineConfig
 
 REPOSITORY = Path(__file__).parent.parent
@@ -42,6 +44,15 @@ def test_the_examples_are_python() -> None:
     assert blocks
     for block in blocks:
         ast.parse(block)
+
+
+def test_the_pages_that_are_made_from_the_code_are_fresh(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (REPOSITORY / "docs/http_api.md").read_text() == reference()
+    assert check_config.main(["--reference"]) == 0
+    made = capsys.readouterr().out
+    page = (REPOSITORY / "docs/configuration.md").read_text()
+    assert made
+    assert page.endswith(made), "run: python -m serve_app.check_config --reference"
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])

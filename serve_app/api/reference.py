@@ -1,0 +1,71 @@
+"""docs/http_api.md, made from the request models: `python -m serve_app.api.reference`. Knows Markdown; decides nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from serve_app.api.protocol import (
+    WITHOUT_EFFECT,
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    GenerationInput,
+    Message,
+    RequestModel,
+    StreamOptions,
+    TokenizeRequest,
+)
+
+HEAD = """# The HTTP API
+
+What clients may send, field by field. Made by `python -m serve_app.api.reference`; a test compares. `null` means "not
+given", for every field. A name that is in none of these tables is refused, with the nearest known one. Errors have
+OpenAI's shape on every route: `{"error": {"message", "type", "param", "code"}}`.
+"""
+
+
+def reference() -> str:
+    """The page."""
+    shared = list(GenerationInput.model_fields)
+    parts = [HEAD]
+    parts.append("## Completions and chats\n\n`POST /v1/completions` and `POST /v1/chat/completions` share these.\n")
+    parts.append(_fields(GenerationInput))
+    parts.append("`stream_options`:\n\n" + _fields(StreamOptions))
+    for title, model in (
+        ("`POST /v1/completions` alone", CompletionRequest),
+        ("`POST /v1/chat/completions` alone", ChatCompletionRequest),
+    ):
+        parts.append(f"## {title}\n\n" + _fields(model, without=shared))
+    parts.append("A message:\n\n" + _fields(Message))
+    parts.append("## `POST /tokenize`\n\n" + _fields(TokenizeRequest))
+    parts.append("## `POST /detokenize`\n\n" + _fields(DetokenizeRequest))
+    parts.append("## Accepted, without effect\n\n| field | value | why |\n|---|---|---|")
+    parts[-1] += "".join(f"\n| `{name}` | {field.allowed} | {field.why} |" for name, field in WITHOUT_EFFECT.items())
+    parts[-1] += "\n"
+    parts.append(
+        "## Known elsewhere, not implemented here\n\nAccepted with a value that asks for nothing, else refused by name.\n"
+    )
+    for title, model in (("completions", CompletionRequest), ("chats", ChatCompletionRequest), ("messages", Message)):
+        parts.append(f"In {title}: " + _unimplemented(model) + ".\n")
+    return "\n".join(parts)
+
+
+def _fields(model: type[RequestModel], without: list[str] | None = None) -> str:
+    lines = ["| field | meaning |", "|---|---|"]
+    for name, field in model.model_fields.items():
+        if name not in (without or ()):
+            lines.append(f"| `{name}` | {' '.join((field.description or '').split())} |")
+    return "\n".join(lines) + "\n"
+
+
+def _unimplemented(model: type[RequestModel]) -> str:
+    def describe(name: str) -> str:
+        neutral = " or ".join(f"`{json.dumps(value)}`" for value in model.unimplemented[name])
+        return f"`{name}`" + (f" ({neutral})" if neutral else "")
+
+    return ", ".join(describe(name) for name in sorted(model.unimplemented))
+
+
+if __name__ == "__main__":
+    sys.stdout.write(reference())
