@@ -289,6 +289,33 @@ def test_the_device_side_loads_no_ray() -> None:
     assert came_along == []
 
 
+INGRESS_AT_WORK = """
+import sys
+from serve_app.api import ingress, http_app
+from serve_app.api.protocol import ChatCompletionRequest
+from serve_app.api.service import load_served_model
+from serve_app.config import ServeArgs
+
+model = load_served_model(ServeArgs.parse({"model": {"model": sys.argv[1], "runner": "simulated"}}))
+request = ChatCompletionRequest.parse(b'{"messages": [{"role": "user", "content": "hello there"}]}')
+assert len(request.prompts(model.tokenizer, model.chat_template)[0].token_ids) > 3
+print(*[name for name in ("torch", "numba", "triton", "transformers") if name in sys.modules])
+"""
+
+
+def test_an_ingress_that_has_made_a_prompt_has_loaded_no_torch(tmp_path: Path) -> None:
+    from tests.tiny_models import make_tiny_model
+
+    done = subprocess.run(
+        [sys.executable, "-c", INGRESS_AT_WORK, str(make_tiny_model(tmp_path))],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
+
+
 # Tests of the test: each plants one breach in a small house of its own, and expects exactly the sentence about it.
 
 SOUND = {
