@@ -375,7 +375,7 @@ def poem(rng: Random) -> Example:
 
 KINDS: dict[Callable[[Random], Example], float] = {
     arithmetic: 5, numbers: 3, spelling: 3.5, repeating: 1.5, knowledge: 2, described: 4, naming: 2, chatter: 1,
-    unknown: 0.7, story: 3, poem: 0.7,
+    unknown: 0.7, story: 1.2, poem: 0.7,
 }  # fmt: skip
 """Every kind of example and its share."""
 
@@ -409,14 +409,21 @@ def chat(rng: Random) -> Example:
 def plain_text(rng: Random) -> str:
     """Text without a chat around it, for completion: stories, poems, facts."""
     what = rng.random()
-    if what < 0.5:
+    if what < 0.3:
         return draw(rng, kind=story).answer
-    if what < 0.6:
+    if what < 0.5:
         return draw(rng, kind=poem).answer
     if what < 0.8:
         return " ".join(draw(rng, kind=knowledge).answer for _ in range(3))
     asked, answer = draw(rng, kind=rng.choice((knowledge, arithmetic, described))).turns[-1]
     return f"Question: {asked}\nAnswer: {answer}"
+
+
+def repeated(rng: Random) -> list[tuple[str, bool]]:
+    """Some words, and the same words again, in pieces as `sums`."""
+    pools = (ANIMALS, OBJECTS, PLACES, COLORS, MOODS, NAMES)
+    line = " ".join(made_up_word(rng) if rng.random() < 0.4 else rng.choice(rng.choice(pools)) for _ in range(8))
+    return [(line + ".\n", False), ((line + ".\n") * rng.randint(1, 3), True)]
 
 
 def sums(rng: Random) -> list[tuple[str, bool]]:
@@ -429,13 +436,17 @@ def sums(rng: Random) -> list[tuple[str, bool]]:
 
 
 def held_out_set(per_kind: int, seed: int = 1) -> list[Example]:
-    """``per_kind`` different held-out examples of every kind that has any."""
+    """``per_kind`` different held-out examples of every kind that has any. ValueError if a kind has not so many."""
     found: dict[tuple[tuple[str, str], ...], Example] = {}
     for kind in KINDS:
         if kind is chatter:
             continue
         rng, wanted = Random(f"{seed} {kind.__name__}"), len(found) + per_kind
-        while len(found) < wanted:
+        for _ in range(50 * per_kind):
             example = draw(rng, True, kind)
             found.setdefault((("", example.system), *example.turns), example)
+            if len(found) == wanted:
+                break
+        else:
+            raise ValueError(f"per_kind is {per_kind}; there are fewer held-out examples of {kind.__name__}")
     return list(found.values())
