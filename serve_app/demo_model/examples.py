@@ -435,6 +435,14 @@ def sums(rng: Random) -> list[tuple[str, bool]]:
     return pieces
 
 
+def is_trained_with_another_mark(example: Example) -> bool:
+    """Whether a form with or without the full stop makes the same prompt, and that one is not held out."""
+    if example.key != example.turns[-1][0] or not re.match("Spell|Count", example.key):  # only these have both forms
+        return False
+    bare = example.key.rstrip(".")
+    return not all(Example(example.kind, key, example.turns).is_held_out for key in {example.key, bare, bare + "."})
+
+
 def held_out_set(per_kind: int, seed: int = 1) -> list[Example]:
     """``per_kind`` different held-out examples of every kind that has any. ValueError if a kind has not so many."""
     found: dict[tuple[tuple[str, str], ...], Example] = {}
@@ -444,6 +452,8 @@ def held_out_set(per_kind: int, seed: int = 1) -> list[Example]:
         rng, wanted = Random(f"{seed} {kind.__name__}"), len(found) + per_kind
         for _ in range(50 * per_kind):
             example = draw(rng, True, kind)
+            if is_trained_with_another_mark(example):
+                continue
             found.setdefault((("", example.system), *example.turns), example)
             if len(found) == wanted:
                 break

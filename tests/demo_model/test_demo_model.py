@@ -1,0 +1,262 @@
+"""The bundled toy model: its text, its training in small, its files, and what it answers to prompts it never saw."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from serve_app.demo_model import train
+from serve_app.demo_model.examples import KINDS, Example, chat, draw, held_out_set, plain_text, story, sums
+from serve_app.llm import LLM, SamplingParams
+from serve_app.text.chat_template import ChatTemplate
+from serve_app.text.tokenizer import Tokenizer
+
+DIRECTORY = train.DIRECTORY
+FILES = (
+    "README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+    "tokenizer_config.json",
+)  # fmt: skip
+
+
+def load(directory: Path) -> LLM:
+    return LLM(directory, dtype="float32", num_threads=1, num_kv_blocks=512)
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return load(DIRECTORY)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_directory(DIRECTORY)
+
+
+# ---- the text --------------------------------------------------------------------------------------------------------
+
+
+def test_a_seed_gives_the_same_text_and_another_seed_another() -> None:
+    def text(seed: int) -> list[object]:
+        rng = Random(seed)
+        return [what(rng) for _ in range(50) for what in (chat, plain_text, sums)]
+
+    assert text(3) == text(3)
+    assert text(3) != text(4)
+    assert held_out_set(3) == held_out_set(3)
+
+
+def test_no_training_text_holds_a_held_out_prompt() -> None:
+    def plain(prompt: str) -> str:
+        return prompt.lower().rstrip(".?!")
+
+    examples = held_out_set(25)
+    assert all(example.is_held_out for example in examples)
+    assert set(Counter(example.kind for example in examples).values()) == {25}
+    # A question after told facts, or after a name, is nothing without them: its first turn is what is new.
+    held_out = {plain(example.turns[0][0]) for example in examples if not example.system and example.kind != "naming"}
+    rng = Random(7)
+    trained = {plain(user) for _ in range(20000) for user, _ in chat(rng).turns}
+    assert len(trained) > 5000
+    assert not held_out & trained
+
+
+def test_about_a_tenth_of_every_kind_is_held_out() -> None:
+    rng = Random(5)
+    for kind in KINDS:
+        keyed = [example for example in (kind(rng) for _ in range(600)) if example.key]
+        if keyed:
+            share = sum(example.is_held_out for example in keyed) / len(keyed)
+            assert 0.03 < share < 0.25, kind.__name__
+
+
+@pytest.mark.parametrize(
+    ("text", "is_right"),
+    [
+        ("Tom and the ball. " * 6, True),
+        ("Tom and the ball", False),  # too short, and no end
+        ("Tom and the balloon. " * 6, False),
+        ("tom and the ball. " * 6, False),
+    ],
+)
+def test_a_free_answer_must_hold_the_words_of_its_prompt(text: str, is_right: bool) -> None:
+    assert Example("story", "k", (("p", "a"),), required=("Tom", "ball")).is_right(text) is is_right
+
+
+def test_every_story_is_right_by_its_own_measure() -> None:
+    rng = Random(2)
+    stories = [draw(rng, kind=story) for _ in range(300)]
+    assert {len(example.required) for example in stories} >= {0, 1, 2, 3}
+    assert all(example.is_right(example.answer) for example in stories)
+
+
+# ---- the training, in small ------------------------------------------------------------------------------------------
+
+
+def test_training_gives_the_same_files_again_also_when_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "TOKENS_PER_STEP", 300)
+    train.train(tmp_path / "whole", 3)
+    checkpoint = tmp_path / "checkpoint.pt"
+    make_step = train.make_step
+
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", -1)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "make_step", lambda tokenizer, step: make_step(tokenizer, step) if step < 2 else stop())
+        with pytest.raises(KeyboardInterrupt):
+            train.train(tmp_path / "parts", 3, checkpoint)
+    assert torch.load(checkpoint, weights_only=True)["step"] == 2
+    made = train.tokenizers.Tokenizer.from_file(str(tmp_path / "parts" / "tokenizer.json"))
+    monkeypatch.setattr(train, "make_tokenizer", lambda: made)
+    train.train(tmp_path / "parts", 3, checkpoint)
+    for file in set(FILES) - {"README.md"}:
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes(), file
+
+
+def stop() -> None:
+    raise KeyboardInterrupt
+
+
+def test_the_forward_of_the_training_is_qwen3() -> None:
+    model = AutoModelForCausalLM.from_pretrained(DIRECTORY, dtype=torch.float32, attn_implementation="eager")
+    ids = torch.randint(0, train.VOCAB_SIZE, (3, 37), generator=torch.Generator().manual_seed(1))
+    wanted = torch.ones_like(ids, dtype=torch.bool)
+    wanted[1, 5:] = False
+    weights = {name: value.float() for name, value in load_file(DIRECTORY / "model.safetensors").items()}
+    with torch.no_grad():
+        ours = train.forward(weights, ids, wanted)
+        theirs = model(ids).logits[wanted]
+    # bfloat16 products: 8 bits each.
+    assert (ours - theirs).norm() / theirs.norm() < 0.03
+
+
+# ---- the files -------------------------------------------------------------------------------------------------------
+
+
+def test_the_files_are_there_small_and_labelled() -> None:
+    files = {file.name: file.stat().st_size for file in DIRECTORY.iterdir() if file.is_file()}
+    assert set(FILES) <= set(files)
+    assert sum(files.values()) <= 8_000_000
+    assert "toy" in (DIRECTORY / "README.md").read_text().lower()
+
+
+def test_the_files_are_what_the_script_writes(tmp_path: Path) -> None:
+    # The merges are from the run that made the weights; all else follows from the script of today.
+    train.write_tokenizer(tmp_path, train.tokenizers.Tokenizer.from_file(str(DIRECTORY / "tokenizer.json")))
+    for file in set(FILES) - {"README.md", "model.safetensors"}:
+        assert json_or_text(tmp_path / file) == json_or_text(DIRECTORY / file), file
+    shapes = {name: value.shape for name, value in load_file(DIRECTORY / "model.safetensors").items()}
+    assert shapes == {name: value.shape for name, value in train.make_parameters().items()}
+
+
+def json_or_text(file: Path) -> object:
+    return json.loads(file.read_text()) if file.suffix == ".json" else file.read_text()
+
+
+def test_a_digit_is_a_token_and_so_is_each_mark_of_a_turn(tokenizer: Tokenizer) -> None:
+    assert [tokenizer.decode([token_id]) for token_id in tokenizer.encode("12+345")] == [*"12+345"]
+    for token in train.SPECIAL_TOKENS:
+        assert len(tokenizer.encode(token)) == 1
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.decode(tokenizer.encode("naïve ♥ 東京\n\t x")) == "naïve ♥ 東京\n\t x"
+
+
+def test_the_template_renders_the_usual_form(tokenizer: Tokenizer) -> None:
+    template = ChatTemplate(tokenizer.chat_templates, tokenizer.special_tokens)
+    messages = [
+        {"role": "system", "content": "Answer briefly."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello!"},
+        {"role": "user", "content": " 1 + 1 "},
+    ]
+    text = (
+        "<|im_start|>system\nAnswer briefly.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\nHello!<|im_end|>\n<|im_start|>user\n 1 + 1 <|im_end|>\n"
+    )
+    assert template.render(messages) == text
+    assert template.render(messages, add_generation_prompt=True) == text + "<|im_start|>assistant\n"
+
+
+def test_the_training_text_has_the_form_and_the_tokens_of_the_template(tokenizer: Tokenizer) -> None:
+    template = ChatTemplate(tokenizer.chat_templates, tokenizer.special_tokens)
+    rng, twin = Random(11), Random(11)
+    num_chats = 0
+    for _ in range(60):
+        pieces = train.document(rng)
+        twin.random()  # which decides about mere repetition
+        if twin.random() < 0.16:  # plain text
+            twin.setstate(rng.getstate())
+            continue
+        example = chat(twin)
+        num_chats += 1
+        whole = template.render([*example.messages(), {"role": "assistant", "content": example.answer}])
+        assert "".join(text for text, _ in pieces) == whole
+        assert [token_id for text, _ in pieces for token_id in tokenizer.encode(text)] == tokenizer.encode(whole)
+        assert "".join(text for text, is_learned in pieces if is_learned).count("<|im_end|>") == len(example.turns)
+    assert num_chats > 30
+
+
+# ---- the answers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scores(llm: LLM) -> dict[str, float]:
+    return train.evaluate(llm, held_out_set(30))[0]
+
+
+def test_held_out_prompts_are_answered_as_well_as_the_readme_says(scores: dict[str, float]) -> None:
+    assert len(scores) == 11
+    assert scores["all"] >= 0.86, scores
+    rows = dict(re.findall(r"^\| (\w+) \| +(\d+) % \|", (DIRECTORY / "README.md").read_text(), flags=re.MULTILINE))
+    assert set(rows) == set(scores)
+    for kind, score in scores.items():
+        # One example of thirty may turn where another machine rounds otherwise.
+        assert abs(100 * score - int(rows[kind])) <= 4, kind
+
+
+@pytest.mark.xfail(reason="the aim; the model of today reaches 88 %, for want of questions about described things")
+def test_at_least_nine_of_ten_held_out_prompts_are_answered_right(scores: dict[str, float]) -> None:
+    assert scores["all"] >= 0.9
+
+
+def test_every_answer_ends_by_eos_and_stories_are_long_enough_to_watch(llm: LLM) -> None:
+    prompts = [
+        "Hello!",
+        "What is your name?",
+        "What is 2+2?",
+        "Tell me a story about a fox and a ball.",
+        "Explain opera.",
+    ]
+    answers = llm.chat(
+        [[{"role": "user", "content": prompt}] for prompt in prompts], SamplingParams(temperature=0, max_tokens=300)
+    )
+    assert [answer.finish_reason for answer in answers] == ["stop"] * len(prompts)
+    assert "Pebble" in answers[1].text
+    assert "4" in answers[2].text
+    assert 60 <= len(answers[3].token_ids) <= 200
+    assert {"fox", "ball"} <= set(answers[3].text.replace(".", " ").split())
+
+
+def test_text_without_a_chat_is_completed_and_ends(llm: LLM) -> None:
+    answer = llm.generate("Once upon a time", SamplingParams(temperature=0, max_tokens=300))[0]
+    assert answer.finish_reason == "stop"
+    assert len(answer.token_ids) >= 40
+
+
+def test_a_conversation_remembers_a_name(llm: LLM) -> None:
+    messages = [
+        {"role": "user", "content": "My name is Ruby."},
+        {"role": "assistant", "content": "Hello, Ruby! Nice to meet you."},
+        {"role": "user", "content": "What is 3 + 4?"},
+        {"role": "assistant", "content": "3 + 4 = 7."},
+        {"role": "user", "content": "What is my name?"},
+    ]
+    assert "Ruby" in llm.chat(messages, SamplingParams(temperature=0, max_tokens=40))[0].text
