@@ -58,16 +58,25 @@ class Face(Protocol):
 
 
 def build_app(
-    face: Face, *, title: str = "ragged-serve", api_keys: tuple[str, ...] = (), cors_origins: tuple[str, ...] = ()
+    face: Face,
+    *,
+    title: str = "ragged-serve",
+    api_keys: tuple[str, ...] = (),
+    cors_origins: tuple[str, ...] = (),
+    server_sends_ids: bool = False,
 ) -> FastAPI:
-    """The application. ``face`` is asked at each request, so its limits may change."""
+    """The application. ``face`` is asked at each request, so its limits may change.
+
+    ``server_sends_ids``: the server around it gives each request an X-Request-Id and each answer the same.
+    """
     app = FastAPI(title=title, version=version(), openapi_tags=_TAGS)
     _add_routes(app, face)
     for kind in (RaggedServeError, HTTPException, Exception):
         app.add_exception_handler(kind, _handle_error)
     if cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["*"], allow_headers=["*"])
-    app.add_middleware(Edge, face=face, api_keys=api_keys)  # the last one added is the first to run
+    # The last one added is the first to run.
+    app.add_middleware(Edge, face=face, api_keys=api_keys, server_sends_ids=server_sends_ids)
     return app
 
 
@@ -85,9 +94,10 @@ def version() -> str:
 class Edge:
     """ASGI middleware around everything: request id, key, the framework's failures."""
 
-    def __init__(self, app: ASGIApp, face: Face, api_keys: tuple[str, ...]) -> None:
+    def __init__(self, app: ASGIApp, face: Face, api_keys: tuple[str, ...], server_sends_ids: bool) -> None:
         self.app = app
         self.face = face
+        self.server_sends_ids = server_sends_ids
         self.api_keys = [key.encode() for key in api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -103,7 +113,11 @@ class Edge:
             nonlocal has_started
             if message["type"] == "http.response.start":
                 has_started = True
-                MutableHeaders(scope=message).setdefault("x-request-id", request_id)
+                answered = MutableHeaders(scope=message)
+                if self.server_sends_ids:
+                    del answered["x-request-id"]  # a header that comes twice is read as "a, a"
+                else:
+                    answered.setdefault("x-request-id", request_id)
             await send(message)
 
         try:

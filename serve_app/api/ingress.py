@@ -48,7 +48,14 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         api = self.args.api
-        return build_app(self, title=api.title, api_keys=api.api_keys(os.environ), cors_origins=tuple(api.cors_origins))
+        return build_app(
+            self,
+            title=api.title,
+            api_keys=api.api_keys(os.environ),
+            cors_origins=tuple(api.cors_origins),
+            # Serve 2.60 adds X-Request-ID to every answer, whatever stands there (serve/_private/http_util.py).
+            server_sends_ids=True,
+        )
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """The run-time knobs. The time of this call is their version: an older one never overwrites a newer."""
