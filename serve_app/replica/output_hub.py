@@ -232,14 +232,18 @@ class ChannelHub:
     # ---- bookings ------------------------------------------------------------------------------------------------
 
     def grow_leases(self, block_size: int) -> None:
-        """Books what answers that outgrew their booking really hold, and their next token. A lease never shrinks.
+        """Books what answers that outgrew their booking really hold, and their next token if there is one. A lease never
+        shrinks.
 
         Only leases of the policy `expect` grow: `reserve` has booked all that an answer may have.
         """
         for channel in self._channels.values():
             for submission in channel.submissions.values():
                 full = submission.num_prompt_tokens // block_size
-                lengths = (submission.num_prompt_tokens + n + 1 for n in submission.num_output_tokens.values())
+                lengths = (
+                    submission.num_prompt_tokens + n + (key in submission.choices)
+                    for key, n in submission.num_output_tokens.items()
+                )
                 self._table.grow(submission.lease_id, full + sum(-(-length // block_size) - full for length in lengths))
 
     # ---- life ----------------------------------------------------------------------------------------------------
