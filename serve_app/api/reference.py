@@ -46,8 +46,13 @@ def reference() -> str:
     parts.append(
         "## Known elsewhere, not implemented here\n\nAccepted with a value that asks for nothing, else refused by name.\n"
     )
-    for title, model in (("completions", CompletionRequest), ("chats", ChatCompletionRequest), ("messages", Message)):
-        parts.append(f"In {title}: " + _unimplemented(model) + ".\n")
+    places: tuple[tuple[str, type[RequestModel]], ...] = (
+        ("completions", CompletionRequest),
+        ("chats", ChatCompletionRequest),
+        ("messages", Message),
+    )
+    for title, place in places:
+        parts.append(f"In {title}: " + _unimplemented(place) + ".\n")
     return "\n".join(parts)
 
 

@@ -351,9 +351,7 @@ def test_overload_is_an_answer(directory: Path) -> None:
         ThreadPoolExecutor(12) as pool,
     ):
         body = {"prompt": "a", "max_tokens": 100}
-        answers = list(
-            pool.map(lambda _: httpx.post(house.url + "/v1/completions", json=body, timeout=60), range(12))
-        )
+        answers = list(pool.map(lambda _: httpx.post(house.url + "/v1/completions", json=body, timeout=60), range(12)))
         statuses = sorted(answer.status_code for answer in answers)
         assert set(statuses) == {200, 429}
         assert statuses.count(200) >= 4  # one or two run, three wait

@@ -190,7 +190,7 @@ def test_tokens_arrive_exactly_over_reopened_streams(handle: Any) -> None:
         outputs = await asyncio.gather(*(channels.submit(ids[i % 2], r, 30) for i, r in enumerate(requests)))
         for request, some in zip(requests, await asyncio.gather(*map(collect, outputs)), strict=True):
             check_tokens(request, some)
-        assert opened >= 2 * (40 // OPTIONS.stream_messages)
+        assert opened >= 4  # both were opened again; how often depends on how many steps shared a message
         aborted = await channels.submit(ids[0], simple_request("long", max_tokens=190), 60)
         aborted.abort()
         await aborted.ended()
