@@ -133,7 +133,7 @@ class Replica:
                     logger.info("replica %s drains", self.replica_id)
                     self.hub.start_draining()
             except (RouterUnavailableError, TimeoutError) as error:
-                logger.info("the router did not take a report: %s", error)
+                logger.info("the router did not take a report: %s %s", type(error).__name__, error)
             await asyncio.sleep(REPORT_SECONDS)
 
     def _report(self) -> ReplicaReport:
