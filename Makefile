@@ -53,7 +53,13 @@ serve: $(STAMP) ## start the server of CONFIG; Ctrl-C drains and ends all of it
 	@$(BIN)/python -m serve_app.launch $(CONFIG)
 
 test: $(STAMP) $(if $(T),,lint types) ## lint, types and all tests; with T=... only those tests
+ifneq ($(T),)
 	$(BIN)/python -m pytest $(T)
+else
+	$(BIN)/python -m pytest --ignore tests/service
+	@# In a process of its own: Ray keeps what an earlier cluster of the same process left behind.
+	$(BIN)/python -m pytest tests/service
+endif
 
 lint: $(STAMP) ## ruff: rules and format, changing nothing
 	$(BIN)/ruff check .
