@@ -14,6 +14,7 @@ import contextlib
 import http.client
 import json
 import os
+import signal
 import sys
 import time
 import urllib.parse
@@ -335,4 +336,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # A shell starts what it puts in the background with Ctrl-C switched off, and so is all that this starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())
