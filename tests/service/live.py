@@ -155,6 +155,8 @@ class Service:
                 cwd=REPOSITORY,
                 env=environ,
                 start_new_session=True,
+                # A shell may have switched interrupts off for all that it starts in the background, us included.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
             )
         wait_until(self._is_up, "readiness")
         self._join()
