@@ -111,6 +111,7 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("api/reference.py", SERVICE),
     ("routing/router.py", SERVICE),
     ("routing/router_client.py", SERVICE),
+    ("routing/ray_router.py", SERVICE),
     ("routing/replica_set.py", CORE),
     ("routing/targeted_router.py", SERVICE),
     ("replica/messages.py", SERVICE),

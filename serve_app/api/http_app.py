@@ -263,8 +263,6 @@ _TAGS = [{"name": "OpenAI"}, {"name": "text"}, {"name": "server"}]
 
 def _takes(model: type[BaseModel]) -> dict[str, Any]:
     """The OpenAPI description of a body that the route reads by itself."""
-    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema.pop("$defs", None)
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": _inlined(model)}}}}
 
 

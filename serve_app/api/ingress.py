@@ -9,7 +9,6 @@ import asyncio
 import logging
 import os
 import time
-from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -23,8 +22,9 @@ from serve_app.config import IngressUserConfig, ServeArgs
 from serve_app.metrics import render
 from serve_app.replica.channel import Channels
 from serve_app.replica.ray_transport import RayTransport
-from serve_app.routing import replica_set, router
-from serve_app.routing.router_client import RayRouter, RouterClient
+from serve_app.routing import replica_set
+from serve_app.routing.ray_router import RayRouter
+from serve_app.routing.router_client import RouterClient
 
 logger = logs.get_logger(__name__)
 
@@ -37,9 +37,7 @@ class Ingress:
         context = serve.get_replica_context()
         self.ingress_id = context.replica_id.unique_id
         self.max_body_bytes = IngressUserConfig().limits.max_body_bytes
-        self.router = RouterClient(
-            RayRouter(partial(router.connect, context.app_name)), self.ingress_id, replica_set.current
-        )
+        self.router = RouterClient(RayRouter(context.app_name), self.ingress_id, replica_set.current)
         self.channels = Channels(RayTransport(replicas), self.ingress_id)
         model = await asyncio.to_thread(load_served_model, self.args)
         self.service = Service(model, self.router, self.channels, lambda: self.router.state)

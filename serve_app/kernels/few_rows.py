@@ -8,7 +8,7 @@ recognise what it sees. Knows layouts and orders of summation; does not know whi
     float32    [O / 64][I][64]           element (o, i) of panel o // 64 at row i, column o % 64
     bfloat16   [O / 32][I / 2][32][2]    pairs of neighbouring i side by side
 
-The order of summation is the library's own, as far as it could be seen from outside (``Order``): float32 products are
+The order of summation is the library's own, as far as it could be seen from outside: float32 products are
 chains of fused multiply-adds over ``depth`` columns, whose sums are added up; bfloat16 products on AMX are what its
 instruction says (see `simd.gemm_pairs`). Where that gives the library's bits, which numerics.py proves on each
 shape, a row computed here is the same row as one computed among hundreds there.

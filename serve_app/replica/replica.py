@@ -13,7 +13,6 @@ import contextlib
 import contextvars
 import os
 from collections.abc import AsyncGenerator
-from functools import partial
 from typing import Any
 
 from ray import serve
@@ -28,9 +27,9 @@ from serve_app.replica.lease_table import LeaseTable
 from serve_app.replica.load import load_engine
 from serve_app.replica.messages import Message
 from serve_app.replica.output_hub import ChannelHub
-from serve_app.routing import router
 from serve_app.routing.ledger import ReplicaReport
-from serve_app.routing.router_client import RayRouter, RouterUnavailableError
+from serve_app.routing.ray_router import RayRouter
+from serve_app.routing.router_client import RouterUnavailableError
 
 logger = logs.get_logger(__name__)
 
@@ -49,7 +48,7 @@ class Replica:
         context = serve.get_replica_context()
         self.replica_id = context.replica_id.unique_id
         # Made before the model is loaded, so that it has had its grace when the first request comes.
-        self._router = RayRouter(partial(router.connect, context.app_name))
+        self._router = RayRouter(context.app_name)
         engine = await asyncio.to_thread(load_engine, ServeArgs.parse(args))
         self.engine = AsyncEngine(engine)
         self.engine.start()

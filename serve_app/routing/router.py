@@ -1,13 +1,12 @@
-"""The router: one actor around the ledger of an application. Knows calls and time; ledger.py decides.
+"""The router: the ledger of an application with a clock and mailboxes. Knows calls and time, no Ray; ledger.py decides.
 
     ingress   ask(requests) -> leases or errors of those that need not wait      one call in flight, carrying all that wait
               take_grants() -> answers to those that waited                      a long poll, only while something waits
               tell(settled, withdrawn, ...) -> RouterState                       one call in flight; at least every second
     replica   report(its table) -> epoch, whether it drains, what waits          a few times a second
 
-`Router` is a plain class on one event loop, so tests run it without Ray. `connect` finds or makes the Ray actor: named,
-detached, restarted by Ray for ever, with the application's name and PROTOCOL in its name. Each life has a higher epoch,
-and grants nothing until replicas had time to report. It ends itself when nobody has called it for IDLE_SECONDS.
+A plain class on one event loop, which ray_router.py makes an actor of. A new one grants nothing until replicas had time to
+report.
 """
 
 from __future__ import annotations
@@ -18,19 +17,9 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import ray
-
 from serve_app.errors import RaggedServeError
-from serve_app.logs import get_logger
 from serve_app.routing.ledger import Lease, LeaseRequest, Ledger, LedgerOptions, ReplicaReport, ReportAnswer
 
-logger = get_logger(__name__)
-
-NAMESPACE = "ragged-serve"
-PROTOCOL = 1
-"""Changes with any change of what crosses processes here: two versions of the code then have two routers."""
-IDLE_SECONDS = 60.0
-"""Without a call for so long the application is gone, and the router ends itself."""
 GRACE_SECONDS = 1.5
 """A new router waits so long for reports before it grants: replicas report four times a second."""
 POLL_SECONDS = 20.0
@@ -193,46 +182,3 @@ class Router:
             min((r["max_model_len"] for r in open_ones.values()), default=0),
             tuple(sorted({r["fingerprint"] for r in open_ones.values()})),
         )
-
-
-class RouterActor(Router):
-    """`Router` as a Ray actor."""
-
-    def __init__(self, name: str) -> None:
-        # Milliseconds since 1970: higher in each life, wherever it is started.
-        super().__init__(epoch=int(time.time() * 1000))
-        self._idle_check: asyncio.Task[None] | None = None
-        logger.info("%s, epoch %d", name, self.ledger.epoch)
-
-    def _called(self) -> float:
-        if self._idle_check is None:
-            self._idle_check = asyncio.get_running_loop().create_task(self._end_when_idle())
-        return super()._called()
-
-    async def _end_when_idle(self) -> None:
-        while (rest := self.called_at + IDLE_SECONDS - self._clock()) > 0:
-            await asyncio.sleep(rest)
-        logger.info("nobody has called for %.0f s: the router ends", IDLE_SECONDS)
-        ray.kill(ray.get_runtime_context().current_actor)
-
-
-def actor_name(app_name: str) -> str:
-    return f"router:{app_name}:v{PROTOCOL}"
-
-
-def connect(app_name: str) -> Any:
-    """The handle of the application's router, which is made if there is none. May block for a while."""
-    name = actor_name(app_name)
-    return (
-        ray.remote(RouterActor)
-        .options(
-            name=name,
-            namespace=NAMESPACE,
-            lifetime="detached",
-            get_if_exists=True,
-            max_restarts=-1,
-            num_cpus=0,
-            max_concurrency=1000,
-        )
-        .remote(name)
-    )

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
-from serve_app.errors import EngineUnavailableError, RaggedServeError
+from serve_app.errors import EngineUnavailableError
 from serve_app.logs import get_logger
 from serve_app.routing.ledger import Lease, LeaseRequest, LedgerOptions, num_blocks_for
 from serve_app.routing.router import Answer, RouterState, Settled
@@ -31,6 +31,8 @@ CALL_SECONDS = 5.0
 """A call unanswered for so long has failed."""
 POLL_CALL_SECONDS = 30.0
 """The same for `take_grants`, which waits on purpose."""
+PAUSE_SECONDS = 0.05
+"""After a call that failed."""
 
 
 class RouterUnavailableError(Exception):
@@ -233,7 +235,7 @@ class RouterClient:
                 # Asked again: a request that was heard keeps its place, or gets the same lease.
                 again = {i: r for i, r in asked.items() if i in self._answers}
                 self._new = {**again, **self._new}
-                await self._pause()
+                await asyncio.sleep(PAUSE_SECONDS)
                 self._has_new.set()
                 continue
             for (request_id, request), answer in zip(asked.items(), answers, strict=True):
@@ -255,7 +257,7 @@ class RouterClient:
                 # A new router does not know who waits: all are asked for again.
                 self._new = {**self._queued, **self._new}
                 self._queued = {}
-                await self._pause()
+                await asyncio.sleep(PAUSE_SECONDS)
                 self._has_new.set()
                 continue
             for request_id, answer in answers:
@@ -268,7 +270,7 @@ class RouterClient:
             try:
                 await self._tell()
             except RouterUnavailableError:
-                await self._pause()
+                await asyncio.sleep(PAUSE_SECONDS)
 
     async def _tell(self) -> None:
         self._has_news.clear()
@@ -320,48 +322,7 @@ class RouterClient:
         self.is_away = True
         self.counters["failed_calls"] += 1
 
-    async def _pause(self) -> None:
-        await asyncio.sleep(0.05)
-
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine, context=contextvars.Context())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-class RayRouter:
-    """RouterSeam over the Ray actor: looked up by `connect` on a thread of its own, since a lookup may block."""
-
-    def __init__(self, connect: Callable[[], Any]) -> None:
-        self._connect = connect
-        self._handle: Any = None
-        self._lookup: asyncio.Task[Any] | None = None
-
-    async def call(self, method: str, *args: Any) -> Any:
-        from ray.exceptions import RayActorError, RayError, RayTaskError
-
-        try:
-            if self._handle is None:
-                self._handle = await self._look_up()
-            return await getattr(self._handle, method).remote(*args)
-        except RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, RaggedServeError):
-                raise cause from error
-            raise
-        except RayActorError as error:
-            # Unavailable: Ray restarts it, and the handle stays good. Died: it ended itself, and another is made.
-            if type(error).__name__ == "ActorDiedError":
-                self._handle = None
-            raise RouterUnavailableError(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
-        except (RayError, ValueError) as error:
-            self._handle = None
-            raise RouterUnavailableError(f"{type(error).__name__}: {error}") from error
-
-    async def _look_up(self) -> Any:
-        """One lookup at a time, which goes on when its caller gives up."""
-        if self._lookup is None or self._lookup.done():
-            self._lookup = asyncio.get_running_loop().create_task(
-                asyncio.to_thread(self._connect), context=contextvars.Context()
-            )
-        return await asyncio.shield(self._lookup)

@@ -30,7 +30,7 @@ import yaml  # type: ignore[import-untyped]
 import serve_app
 from serve_app.engine.simulated_runner import _ROOT, _mix
 from serve_app.routing.ledger import BookedLease
-from serve_app.routing.router import NAMESPACE, actor_name
+from serve_app.routing.ray_router import NAMESPACE, actor_name
 from serve_app.serve_run import free_port
 from tests.tiny_models import TOKENIZER_SIZE
 

@@ -1,0 +1,107 @@
+"""The router as a Ray actor, and its RouterSeam: the one file of routing/ that calls Ray's actors. Decides nothing.
+
+The actor is named, detached, restarted by Ray for ever, with the application's name and PROTOCOL in its name; whoever comes
+first makes it. Each life has a higher epoch. It ends itself when nobody has called it for IDLE_SECONDS.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import time
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
+
+from serve_app.errors import RaggedServeError
+from serve_app.logs import get_logger
+from serve_app.routing.router import Router
+from serve_app.routing.router_client import RouterUnavailableError
+
+logger = get_logger(__name__)
+
+NAMESPACE = "ragged-serve"
+PROTOCOL = 1
+"""Changes with any change of what crosses processes here: two versions of the code then have two routers."""
+IDLE_SECONDS = 60.0
+"""Without a call for so long the application is gone, and the router ends itself."""
+
+
+class RouterActor(Router):
+    """`Router` as a Ray actor."""
+
+    def __init__(self, name: str) -> None:
+        # Milliseconds since 1970: higher in each life, wherever it is started.
+        super().__init__(epoch=int(time.time() * 1000))
+        self._idle_check: asyncio.Task[None] | None = None
+        logger.info("%s, epoch %d", name, self.ledger.epoch)
+
+    def _called(self) -> float:
+        if self._idle_check is None:
+            self._idle_check = asyncio.get_running_loop().create_task(self._end_when_idle())
+        return super()._called()
+
+    async def _end_when_idle(self) -> None:
+        while (rest := self.called_at + IDLE_SECONDS - self._clock()) > 0:
+            await asyncio.sleep(rest)
+        logger.info("nobody has called for %.0f s: the router ends", IDLE_SECONDS)
+        ray.kill(ray.get_runtime_context().current_actor)
+
+
+def actor_name(app_name: str) -> str:
+    return f"router:{app_name}:v{PROTOCOL}"
+
+
+def connect(app_name: str) -> Any:
+    """The handle of the application's router, which is made if there is none. May block for a while."""
+    name = actor_name(app_name)
+    return (
+        ray.remote(RouterActor)
+        .options(
+            name=name,
+            namespace=NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            max_restarts=-1,
+            num_cpus=0,
+            max_concurrency=1000,
+        )
+        .remote(name)
+    )
+
+
+class RayRouter:
+    """RouterSeam over the actor: looked up by `connect` on a thread of its own, since a lookup may block."""
+
+    def __init__(self, app_name: str) -> None:
+        self._app_name = app_name
+        self._handle: Any = None
+        self._lookup: asyncio.Task[Any] | None = None
+
+    async def call(self, method: str, *args: Any) -> Any:
+        try:
+            if self._handle is None:
+                self._handle = await self._look_up()
+            return await getattr(self._handle, method).remote(*args)
+        except RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, RaggedServeError):
+                raise cause from error
+            raise
+        except RayActorError as error:
+            # Unavailable: Ray restarts it, and the handle stays good. Died: it ended itself, and another is made.
+            if isinstance(error, ActorDiedError):
+                self._handle = None
+            raise RouterUnavailableError(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+        except (RayError, ValueError) as error:
+            self._handle = None
+            raise RouterUnavailableError(f"{type(error).__name__}: {error}") from error
+
+    async def _look_up(self) -> Any:
+        """One lookup at a time, which goes on when its caller gives up."""
+        if self._lookup is None or self._lookup.done():
+            self._lookup = asyncio.get_running_loop().create_task(
+                asyncio.to_thread(connect, self._app_name), context=contextvars.Context()
+            )
+        return await asyncio.shield(self._lookup)
