@@ -120,6 +120,7 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("replica/output_hub.py", REPLICA),
     ("replica/autoscaling.py", CORE),
     ("replica/load.py", REPLICA),
+    ("replica/reporter.py", REPLICA),
     ("replica/replica.py", REPLICA),
     ("api/stream.py", SERVICE),
     ("api/service.py", SERVICE),

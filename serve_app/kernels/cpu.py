@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import cfunc, njit, types
+from numba import cfunc, njit
 
 from serve_app.kernels import openmp
 from serve_app.kernels.metadata import AttentionMetadata
-from serve_app.kernels.openmp import FIRST, float_bits
+from serve_app.kernels.openmp import FIRST, OPTIONS, SIGNATURE, float_bits
 from serve_app.kernels.simd import (
     DTYPE_CODES,
     LANES,
@@ -61,11 +61,6 @@ ROPE_ROWS_PER_ITEM = 32
 ROWS_PER_ITEM = 8
 """Rows of one work item of the small ops."""
 
-_SIGNATURE = types.void(types.intp)
-_EXACT = {"contract"}
-# numpy's error model: 1 / 0 is inf. Python's would end the kernel there, with the work items of other sequences undone.
-_OPTIONS: dict[str, Any] = {"cache": True, "fastmath": _EXACT, "error_model": "numpy"}
-
 
 class _Kernels(NamedTuple):
     attention: Any
@@ -74,7 +69,7 @@ class _Kernels(NamedTuple):
     silu_mul: Any
 
 
-@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+@njit(**OPTIONS)  # type: ignore[untyped-decorator]
 def _find_sequence(tile_starts: int, num_seqs: int, tile: int) -> int:
     """The sequence whose tiles [tile_starts[b], tile_starts[b+1]) hold ``tile``."""
     low, high = 0, num_seqs
@@ -87,7 +82,7 @@ def _find_sequence(tile_starts: int, num_seqs: int, tile: int) -> int:
     return low
 
 
-@njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+@njit(**OPTIONS)  # type: ignore[untyped-decorator]
 def _inverse_rms(square_sum: float, width: int, eps: float) -> float:
     return np.float32(1.0) / np.float32(math.sqrt(square_sum / np.float32(width) + eps))  # type: ignore[return-value]
 
@@ -106,7 +101,7 @@ def _kernels(cache_dtype: int, activation_dtype: int) -> _Kernels:
     act = activation_dtype
     act_bytes = 4 if activation_dtype == 0 else 2
 
-    @cfunc(_SIGNATURE, **_OPTIONS)
+    @cfunc(SIGNATURE, **OPTIONS)
     def attention(arguments: int) -> None:
         num_items = load_i64(arguments, 2)
         thread = atomic_next(arguments + 8)
@@ -264,7 +259,7 @@ def _kernels(cache_dtype: int, activation_dtype: int) -> _Kernels:
                 for d in range(dim):
                     store(load(acc, r * dim + d, 0) * factor, out, target + d, act)
 
-    @cfunc(_SIGNATURE, **_OPTIONS)
+    @cfunc(SIGNATURE, **OPTIONS)
     def rms_norm(arguments: int) -> None:
         num_items = load_i64(arguments, 2)
         x = load_i64(arguments, FIRST)
@@ -287,7 +282,7 @@ def _kernels(cache_dtype: int, activation_dtype: int) -> _Kernels:
                 factor = _inverse_rms(vector_square_sum(source, width // LANES, act), width, eps)
                 vector_norm(source, weight, out + row * width * act_bytes, width // LANES, factor, act)
 
-    @cfunc(_SIGNATURE, **_OPTIONS)
+    @cfunc(SIGNATURE, **OPTIONS)
     def qk_norm_rope_write(arguments: int) -> None:
         num_items = load_i64(arguments, 2)
         qkv = load_i64(arguments, FIRST)  # [N, (H + 2K) D]; q and k are normed in place
@@ -351,7 +346,7 @@ def _kernels(cache_dtype: int, activation_dtype: int) -> _Kernels:
                     for i in range(dim):
                         store(load(x, i, act), v_cache, target + i, kv)
 
-    @cfunc(_SIGNATURE, **_OPTIONS)
+    @cfunc(SIGNATURE, **OPTIONS)
     def silu_mul(arguments: int) -> None:
         num_items = load_i64(arguments, 2)
         gate_up = load_i64(arguments, FIRST)

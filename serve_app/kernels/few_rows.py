@@ -25,10 +25,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from numba import cfunc, types
+from numba import cfunc
 
 from serve_app.kernels import openmp
-from serve_app.kernels.openmp import FIRST
+from serve_app.kernels.openmp import FIRST, OPTIONS, SIGNATURE
 from serve_app.kernels.simd import atomic_next, gemm_pairs, gemm_tile, load, load_i64, store, vector_add_bias
 
 MAX_ROWS = 8
@@ -121,16 +121,12 @@ def _scratch(in_features: int, num_threads: int, caller: int) -> tuple[torch.Ten
     return torch.empty(num_threads * stride, dtype=torch.uint8), stride
 
 
-_SIGNATURE = types.void(types.intp)
-_OPTIONS: dict[str, Any] = {"cache": True, "fastmath": {"contract"}, "error_model": "numpy"}
-
-
 @functools.cache
 def _kernel(is_float: bool) -> Any:
     """Tiles are literals, so each number of rows has its own call. 256: bytes of a panel's row in float32."""
     if is_float:
 
-        @cfunc(_SIGNATURE, **_OPTIONS)
+        @cfunc(SIGNATURE, **OPTIONS)
         def few_rows_float(arguments: int) -> None:
             num_items = load_i64(arguments, 2)
             x = load_i64(arguments, FIRST)
@@ -179,7 +175,7 @@ def _kernel(is_float: bool) -> Any:
 
         return few_rows_float
 
-    @cfunc(_SIGNATURE, **_OPTIONS)
+    @cfunc(SIGNATURE, **OPTIONS)
     def few_rows_pairs(arguments: int) -> None:
         num_items = load_i64(arguments, 2)
         thread = atomic_next(arguments + 8)

@@ -21,8 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numba import types
 
 FIRST = 3
+"""Place of a kernel's first own argument."""
+SIGNATURE = types.void(types.intp)
+"""Of a kernel."""
+EXACT = {"contract"}
+# numpy's error model: 1 / 0 is inf. Python's would end the kernel there, with the work items of other sequences undone.
+OPTIONS: dict[str, Any] = {"cache": True, "fastmath": EXACT, "error_model": "numpy"}
+"""How numba compiles kernels, and the functions they are made of."""
 
 
 def _find_gomp_parallel() -> Callable[..., Any] | None:

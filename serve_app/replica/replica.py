@@ -27,16 +27,11 @@ from serve_app.replica.lease_table import LeaseTable
 from serve_app.replica.load import load_engine
 from serve_app.replica.messages import Message
 from serve_app.replica.output_hub import ChannelHub
-from serve_app.routing.ledger import ReplicaReport
+from serve_app.replica.reporter import Reporter
 from serve_app.routing.ray_router import RayRouter
-from serve_app.routing.router_client import RouterUnavailableError
 
 logger = logs.get_logger(__name__)
 
-REPORT_SECONDS = 0.25
-"""Between two reports to the router."""
-REPORT_CALL_SECONDS = 2.0
-"""A report that is unanswered for so long is given up; the next one says all of it."""
 STUCK_SECONDS = 120.0
 """A step that has not returned for so long will not: the process ends. Far above the longest step of a CPU."""
 
@@ -47,19 +42,17 @@ class Replica:
     async def __init__(self, args: dict[str, Any]) -> None:  # type: ignore[misc]
         context = serve.get_replica_context()
         self.replica_id = context.replica_id.unique_id
-        # Made before the model is loaded, so that it has had its grace when the first request comes.
-        self._router = RayRouter(context.app_name)
         engine = await asyncio.to_thread(load_engine, ServeArgs.parse(args))
         self.engine = AsyncEngine(engine)
         self.engine.start()
         loop = asyncio.get_running_loop()
         self.table = LeaseTable(engine.runner.num_kv_blocks)
         self.hub = ChannelHub(self.engine, self.table, loop)
-        self._fingerprint: str = getattr(engine.runner, "fingerprint", "simulated")
-        self._num_reports = 0
-        self._num_queued_tokens = 0
+        fingerprint: str = getattr(engine.runner, "fingerprint", "simulated")
+        router = RayRouter(context.app_name)
+        self._reporter = Reporter(router, self.replica_id, self.engine, self.table, self.hub, fingerprint)
         # In an empty context: it belongs to no call.
-        self._reporter = loop.create_task(self._report_forever(), context=contextvars.Context())
+        self._reports = loop.create_task(self._reporter.run(), context=contextvars.Context())
         logger.info("replica %s is ready", self.replica_id)
 
     # ---- the channel's replica end -------------------------------------------------------------------------------
@@ -101,11 +94,11 @@ class Replica:
         return {
             COMMITTED: float(self.table.num_booked_blocks * block_size),
             POOL: float(self.table.num_blocks * block_size),
-            QUEUED: float(self._num_queued_tokens),
+            QUEUED: float(self._reporter.num_queued_tokens),
         }
 
     async def __del__(self) -> None:
-        self._reporter.cancel()
+        self._reports.cancel()
         await asyncio.to_thread(self.engine.stop, 5.0)
 
     async def describe(self) -> dict[str, Any]:
@@ -119,35 +112,3 @@ class Replica:
             "num_used_blocks": self.engine.engine.scheduler.pool.num_used_blocks,
             "num_steps": self.engine.num_steps,
         }
-
-    # ---- reports -------------------------------------------------------------------------------------------------
-
-    async def _report_forever(self) -> None:
-        while True:
-            try:
-                answer, self._num_queued_tokens = await asyncio.wait_for(
-                    self._router.call("report", self._report()), REPORT_CALL_SECONDS
-                )
-                if answer.is_draining and not self.hub.is_draining:
-                    logger.info("replica %s drains", self.replica_id)
-                    self.hub.start_draining()
-            except (RouterUnavailableError, TimeoutError) as error:
-                logger.info("the router did not take a report: %s %s", type(error).__name__, error)
-            await asyncio.sleep(REPORT_SECONDS)
-
-    def _report(self) -> ReplicaReport:
-        self._num_reports += 1
-        self.hub.grow_leases(self.engine.engine.config.block_size)
-        scheduler = self.engine.engine.scheduler
-        return ReplicaReport(
-            replica_id=self.replica_id,
-            report_number=self._num_reports,
-            block_size=self.engine.engine.config.block_size,
-            num_blocks=self.table.num_blocks,
-            max_model_len=scheduler.max_model_len,
-            fingerprint=self._fingerprint,
-            leases=self.table.rows(),
-            num_ended_leases=self.table.num_ended,
-            num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
-        )

@@ -28,7 +28,7 @@ from serve_app.replica.channel import Channels
 from serve_app.replica.lease_table import LeaseTable
 from serve_app.replica.load import load_engine
 from serve_app.replica.output_hub import ChannelHub
-from serve_app.routing.ledger import ReplicaReport
+from serve_app.replica.reporter import Reporter
 from serve_app.routing.router import Router
 from serve_app.routing.router_client import RouterClient, RouterUnavailableError
 from tests.replica.channel_harness import FakeTransport
@@ -45,32 +45,8 @@ class Replica:
         self.engine.start()
         self.table = LeaseTable(engine.runner.num_kv_blocks)
         self.hub = ChannelHub(self.engine, self.table, asyncio.get_running_loop())
-        self.house = house
-        self.num_reports = 0
-        self.reporter = asyncio.get_running_loop().create_task(self.report_forever())
-
-    async def report_forever(self) -> None:
-        while True:
-            self.num_reports += 1
-            self.hub.grow_leases(self.engine.engine.config.block_size)
-            scheduler = self.engine.engine.scheduler
-            report = ReplicaReport(
-                self.replica_id,
-                self.num_reports,
-                self.engine.engine.config.block_size,
-                self.table.num_blocks,
-                scheduler.max_model_len,
-                "one",
-                self.table.rows(),
-                self.table.num_ended,
-            )
-            try:
-                answer, _ = await self.house.call_router("report", report)
-                if answer.is_draining:
-                    self.hub.start_draining()
-            except RouterUnavailableError:
-                pass
-            await asyncio.sleep(0.02)
+        reporter = Reporter(house, replica_id, self.engine, self.table, self.hub, "one", report_seconds=0.02)
+        self.reporter = asyncio.get_running_loop().create_task(reporter.run())
 
 
 class House:
@@ -150,14 +126,11 @@ class House:
 
     # ---- the parts -----------------------------------------------------------------------------------------------
 
-    async def call_router(self, method: str, *args: Any) -> Any:
+    async def call(self, method: str, *args: Any) -> Any:
         if self.router is None:
             raise RouterUnavailableError("planted: it is away")
         result = await getattr(self.router, method)(*pickle.loads(pickle.dumps(args)))
         return pickle.loads(pickle.dumps(result))
-
-    async def call(self, method: str, *args: Any) -> Any:
-        return await self.call_router(method, *args)
 
     def make_router(self) -> None:
         self._epoch += 1

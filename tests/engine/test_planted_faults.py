@@ -6,8 +6,7 @@ place would pass with a bug in place.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import pytest
 
@@ -20,8 +19,7 @@ from serve_app.engine.sequence import Sequence, SequenceStatus
 from serve_app.engine.simulated_runner import SimulatedRunner, SimulatedStep
 from tests.engine import test_engine, test_scheduler
 from tests.engine.harness import random_run
-
-Patch = pytest.MonkeyPatch
+from tests.planted_faults import Check, Fault, Patch, expect_noticed, scenario
 
 
 def random_traffic(patch: Patch) -> None:
@@ -438,18 +436,7 @@ def repeat_prompt_logprobs(patch: Patch) -> None:
     patch.setattr(Scheduler, "_take_prompt_logprobs", take)
 
 
-Check = Callable[[Patch], None]
-
-
-def scenario(test: Callable[..., None], *args: object) -> Check:
-    def check(patch: Patch) -> None:
-        test(*args)
-
-    check.__name__ = test.__name__
-    return check
-
-
-FAULTS: list[tuple[Callable[[Patch], None], Check, str]] = [
+FAULTS: list[Fault] = [
     (drop_a_free, random_traffic, "reference counts differ"),
     (count_a_block_twice, random_traffic, "reference counts differ"),
     (
@@ -523,14 +510,9 @@ FAULTS: list[tuple[Callable[[Patch], None], Check, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("plant", "check", "named"), FAULTS, ids=[plant.__name__ for plant, _, _ in FAULTS])
-def test_a_planted_fault_makes_its_check_fail(
-    plant: Callable[[Patch], None], check: Check, named: str, monkeypatch: Patch
-) -> None:
-    plant(monkeypatch)
-    with pytest.raises(AssertionError) as failure:
-        check(monkeypatch)
-    assert re.match(named, str(failure.value), re.DOTALL), f"another check failed: {failure.value}"
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault[0].__name__)
+def test_a_planted_fault_makes_its_check_fail(fault: Fault, monkeypatch: Patch) -> None:
+    expect_noticed(fault, monkeypatch)
 
 
 @pytest.mark.parametrize("check", {check.__name__: check for _, check, _ in FAULTS}.values(), ids=lambda c: c.__name__)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter, OrderedDict
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -31,9 +29,9 @@ from serve_app.routing.ledger import (
     ReplicaReport,
     num_blocks_for,
 )
+from tests.planted_faults import Fault, Patch, expect_noticed, scenario
 from tests.routing.ledger_world import World, random_world
 
-Patch = pytest.MonkeyPatch
 NUM_SEEDS = 6
 
 
@@ -726,18 +724,7 @@ def never_expire_at_the_replica(patch: Patch) -> None:
     patch.setattr(World, "end_stream", lambda world, replica, lease_id: None)
 
 
-Check = Callable[[Patch], None]
-
-
-def scenario(test: Callable[..., None], *args: object) -> Check:
-    def check(patch: Patch) -> None:
-        test(*args)
-
-    check.__name__ = test.__name__
-    return check
-
-
-FAULTS: list[tuple[Callable[[Patch], None], Check, str]] = [
+FAULTS: list[Fault] = [
     (skip_a_settle, quiet, "settled: "),
     (count_a_booking_twice, quiet, "load: "),
     (keep_an_ended_lease_with_its_holder, quiet, "the leases of all holders"),
@@ -767,11 +754,6 @@ FAULTS: list[tuple[Callable[[Patch], None], Check, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("plant", "check", "named"), FAULTS, ids=[plant.__name__ for plant, _, _ in FAULTS])
-def test_a_planted_fault_makes_its_check_fail(
-    plant: Callable[[Patch], None], check: Check, named: str, monkeypatch: Patch
-) -> None:
-    plant(monkeypatch)
-    with pytest.raises(AssertionError) as failure:
-        check(monkeypatch)
-    assert re.match(named, str(failure.value), re.DOTALL), f"another check failed: {failure.value}"
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault[0].__name__)
+def test_a_planted_fault_makes_its_check_fail(fault: Fault, monkeypatch: Patch) -> None:
+    expect_noticed(fault, monkeypatch)
