@@ -26,6 +26,7 @@ import torch
 from numba import cfunc, njit
 
 from serve_app.kernels import openmp
+from serve_app.kernels.linear import Linear
 from serve_app.kernels.metadata import AttentionMetadata
 from serve_app.kernels.openmp import FIRST, OPTIONS, SIGNATURE, float_bits
 from serve_app.kernels.simd import (
@@ -518,6 +519,11 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
         double // 2,
     )
     return out
+
+
+def linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
+    """See `reference.linear`; how it runs, and with which bits, is kernels/linear.py's."""
+    return Linear(weight, bias)
 
 
 def _code(tensor: torch.Tensor) -> int:

@@ -18,8 +18,21 @@ from serve_app.kernels.metadata import AttentionMetadata
 _MODULES = {"cpu": "serve_app.kernels.cpu", "reference": "serve_app.kernels.reference"}
 
 
+class LinearLayer(Protocol):
+    """y = x W^T + b, with the weight kept in whatever form the device likes. Called with [N, in], returns fresh [N, out]."""
+
+    out_features: int
+    in_features: int
+    num_padded_rows: int
+    """Rows computed and thrown away since the start."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+
 class Ops(Protocol):
     """See kernels/reference.py for what each computes, with an example."""
+
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> LinearLayer: ...
 
     def ragged_attention(
         self,

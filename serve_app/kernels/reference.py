@@ -9,6 +9,7 @@ float64 throughout. The examples in the docstrings are tests (tests/kernels/test
 from __future__ import annotations
 
 import torch
+from torch.nn import functional
 
 from serve_app.kernels.metadata import AttentionMetadata
 
@@ -175,6 +176,31 @@ def silu_mul(gate_up_N2F: torch.Tensor) -> torch.Tensor:
     """
     gate_NF, up_NF = _wide(gate_up_N2F).chunk(2, dim=-1)
     return (gate_NF * torch.sigmoid(gate_NF) * up_NF).to(gate_up_N2F.dtype)
+
+
+def linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
+    """A layer that gives y = x W^T + b, in x's type. ``weight``: [out, in]; ``bias``: [out] or None.
+
+    >>> layer = linear(torch.tensor([[1.0, 2.0], [0.0, 1.0], [1.0, 0.0]]), torch.tensor([0.0, 0.0, 5.0]))
+    >>> layer(torch.tensor([[3.0, 4.0]]))
+    tensor([[11.,  4.,  8.]])
+    """
+    return Linear(weight, bias)
+
+
+class Linear:
+    """See `linear`."""
+
+    num_padded_rows = 0
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.out_features, self.in_features = weight.shape
+        self._weight, self._bias = weight, bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        wide = _wide(x)
+        bias = None if self._bias is None else self._bias.to(wide.dtype)
+        return functional.linear(wide, self._weight.to(wide.dtype), bias).to(x.dtype)
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

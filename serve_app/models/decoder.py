@@ -6,14 +6,13 @@ H query heads, K kv heads, D head dim.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
 
-from serve_app.kernels.linear import Linear
 from serve_app.kernels.metadata import AttentionMetadata
-from serve_app.kernels.ops import Ops
+from serve_app.kernels.ops import LinearLayer, Ops
 from serve_app.models.decoder_config import DecoderConfig
 from serve_app.models.rope import rope_table
 from serve_app.models.weights import EMBEDDING, HEAD, WeightSource
@@ -21,50 +20,60 @@ from serve_app.models.weights import EMBEDDING, HEAD, WeightSource
 
 class Layer(NamedTuple):
     attention_norm: torch.Tensor
-    qkv: Linear
+    qkv: LinearLayer
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
-    o: Linear
+    o: LinearLayer
     mlp_norm: torch.Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: LinearLayer
+    down: LinearLayer
     sliding_window: int
 
     @property
-    def linears(self) -> tuple[Linear, ...]:
+    def linears(self) -> tuple[LinearLayer, ...]:
         return self.qkv, self.o, self.gate_up, self.down
 
 
 class Decoder:
-    """Weights packed at construction; `forward` is one step. ``max_model_len`` bounds the positions."""
+    """Weights packed at construction; `forward` is one step. ``max_model_len`` bounds the positions.
+
+    ``device``: where the weights are put, tensor by tensor, and where every argument of `forward` then is.
+    """
 
     def __init__(
-        self, config: DecoderConfig, weights: WeightSource, ops: Ops, dtype: torch.dtype, max_model_len: int
+        self,
+        config: DecoderConfig,
+        weights: WeightSource,
+        ops: Ops,
+        dtype: torch.dtype,
+        max_model_len: int,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.config = config
         self.ops = ops
         self._weights = weights
         self._dtype = dtype
+        self._device = torch.device(device)
         hidden, heads = config.hidden_size, config.num_heads * config.head_dim
         kv = config.num_kv_heads * config.head_dim
-        self.rope = rope_table(config.rope, config.head_dim, max_model_len)
-        self.embedding_VE = self._take(EMBEDDING, config.vocab_size, hidden).clone()
+        self.rope = rope_table(config.rope, config.head_dim, max_model_len).to(self._device)
+        self.embedding_VE = self._own(EMBEDDING, config.vocab_size, hidden)
         self.layers: list[Layer] = []
         for i, window in enumerate(config.sliding_window):
             at = f"model.layers.{i}."
             attention, mlp = at + "self_attn.", at + "mlp."
             self.layers.append(
                 Layer(
-                    attention_norm=self._take(at + "input_layernorm.weight", hidden).clone(),
+                    attention_norm=self._own(at + "input_layernorm.weight", hidden),
                     qkv=self._linear(
                         hidden,
                         {attention + "q_proj": heads, attention + "k_proj": kv, attention + "v_proj": kv},
                         config.qkv_bias,
                     ),
-                    q_norm=self._take(attention + "q_norm.weight", config.head_dim).clone() if config.qk_norm else None,
-                    k_norm=self._take(attention + "k_norm.weight", config.head_dim).clone() if config.qk_norm else None,
+                    q_norm=self._own(attention + "q_norm.weight", config.head_dim) if config.qk_norm else None,
+                    k_norm=self._own(attention + "k_norm.weight", config.head_dim) if config.qk_norm else None,
                     o=self._linear(heads, {attention + "o_proj": hidden}, config.o_bias),
-                    mlp_norm=self._take(at + "post_attention_layernorm.weight", hidden).clone(),
+                    mlp_norm=self._own(at + "post_attention_layernorm.weight", hidden),
                     gate_up=self._linear(
                         hidden,
                         {mlp + "gate_proj": config.intermediate_size, mlp + "up_proj": config.intermediate_size},
@@ -74,23 +83,27 @@ class Decoder:
                     sliding_window=window,
                 )
             )
-        self.final_norm = self._take("model.norm.weight", hidden).clone()
+        self.final_norm = self._own("model.norm.weight", hidden)
         head = self.embedding_VE if config.tie_word_embeddings else self._take(HEAD, config.vocab_size, hidden)
-        self.head = Linear(head)
+        self.head = ops.linear(head)
         weights.finish()
 
     def _take(self, name: str, *shape: int) -> torch.Tensor:
-        return self._weights.take(name, shape, self._dtype)
+        return self._weights.take(name, shape, self._dtype).to(self._device)
 
-    def _linear(self, in_features: int, parts: dict[str, int], has_bias: bool) -> Linear:
+    def _own(self, name: str, *shape: int) -> torch.Tensor:
+        """A copy in memory of its own: what `_take` gives may lie in the mapped file."""
+        return self._weights.take(name, shape, self._dtype).to(self._device, copy=True)
+
+    def _linear(self, in_features: int, parts: dict[str, int], has_bias: bool) -> LinearLayer:
         """One layer for all ``parts`` (name -> output features), stacked in order."""
         weight = torch.cat([self._take(name + ".weight", out, in_features) for name, out in parts.items()])
         bias = torch.cat([self._take(name + ".bias", out) for name, out in parts.items()]) if has_bias else None
-        return Linear(weight, bias)
+        return self.ops.linear(weight, bias)
 
     @property
-    def linears(self) -> list[Linear]:
-        """Every product of the model, the head last."""
+    def linears(self) -> list[Any]:
+        """Every product of the model, the head last: layers of the ops' own kind, for whoever sets how they run."""
         return [linear for layer in self.layers for linear in layer.linears] + [self.head]
 
     def forward(
