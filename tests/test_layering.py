@@ -79,6 +79,7 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("text/stop_strings.py", TEXT),
     ("text/text_stream.py", TEXT),
     # the device side, and the engine used from Python
+    ("kernels/work_list.py", DEVICE),
     ("kernels/metadata.py", DEVICE),
     ("kernels/reference.py", DEVICE),
     ("kernels/simd.py", DEVICE),

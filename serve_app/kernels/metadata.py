@@ -17,6 +17,30 @@ import torch
 
 
 @dataclass(frozen=True)
+class Work:
+    """kernels/work_list.py's WorkList on the device, for the Triton kernels. All int32, contiguous.
+
+    The arrays may be longer than the work (the fixed buffers of a CUDA graph): ``counts`` says how much of each is live.
+    """
+
+    tiles: torch.Tensor
+    """[T, 4], live entries first; T programs for each kv head are started, so T = 0 in a step of decodes alone."""
+
+    splits: torch.Tensor
+    """[P, 4], live entries first."""
+
+    decodes: torch.Tensor
+    """[Q, 4], live entries first."""
+
+    counts: torch.Tensor
+    """[4]: live entries of tiles, splits and decodes, and 0."""
+
+    workspace: torch.Tensor | None = None
+    """float32, at least ragged_attention.workspace_size(P, H, D) elements: where splits wait to be merged. None: made for
+    each call."""
+
+
+@dataclass(frozen=True)
 class AttentionMetadata:
     """All int32, on the device of the cache, contiguous. A decode is a sequence with one row."""
 
@@ -39,7 +63,10 @@ class AttentionMetadata:
     max_seq_len: int
 
     work_lists: dict[int, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
-    """What a kernel planned for this step, by its tile size: made by the first layer, used by all."""
+    """What the CPU kernel planned for this step, by its tile size: made by the first layer, used by all."""
+
+    work: Work | None = field(default=None, compare=False, repr=False)
+    """What the Triton kernels do in this step. None: `kernels.ragged_attention` plans it itself, in fast mode."""
 
     @property
     def num_tokens(self) -> int:
