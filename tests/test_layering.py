@@ -98,8 +98,11 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("runner/kv_cache.py", DEVICE),
     ("runner/random_numbers.py", DEVICE),
     ("runner/sampler.py", DEVICE),
+    ("runner/device_sampler.py", DEVICE),
     ("runner/cuda_graphs.py", DEVICE),
     ("runner/numerics.py", DEVICE),
+    ("runner/device.py", DEVICE),
+    ("runner/cpu_device.py", DEVICE),
     ("runner/model_runner.py", DEVICE),
     ("llm.py", OFFLINE),
     # the service
