@@ -87,7 +87,7 @@ def check(setup: Setup, witness: Witness, token_ids: list[int] | None, num_logit
     assert assert_same_bits(PROBE, setup.alone, witness) >= num_logits
     assert witness.kv[PROBE].shape[2] == NUM_PROMPT + NUM_OUTPUT - 1
     assert token_ids is None or token_ids == setup.token_ids
-    assert torch.get_num_threads() == setup.runner.num_threads
+    assert torch.get_num_threads() == setup.runner.config.num_threads
 
 
 def company(num: int, *, length: int = 40, max_tokens: int = NUM_OUTPUT) -> list[GenerateRequest]:

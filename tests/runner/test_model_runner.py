@@ -153,7 +153,7 @@ def test_two_engines_on_two_threads_share_nothing(directory: Path) -> None:
 def test_a_step_copies_blocks_before_it_writes(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = make_runner(directory, block_size=16)
     order: list[str] = []
-    for owner, name in ((runner.kv_cache, "copy_blocks"), (runner._batches, "build"), (runner.model, "forward")):
+    for owner, name in ((runner.kv_cache, "copy_blocks"), (runner.device.batches, "build"), (runner.model, "forward")):
         original = getattr(owner, name)
 
         def watched(*arguments: Any, name: str = name, original: Any = original) -> Any:
