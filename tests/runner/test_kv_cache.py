@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import doctest
 
 import pytest
 import torch
@@ -10,7 +11,18 @@ import torch
 from serve_app.engine.config import EngineConfig
 from serve_app.errors import ConfigurationError
 from serve_app.models.decoder_config import DecoderConfig
-from serve_app.runner.kv_cache import DEFAULT_CPU_BYTES, KVCache, bytes_per_block, describe, num_blocks_that_fit
+from serve_app.runner import kv_cache
+from serve_app.runner.kv_cache import (
+    DEFAULT_CPU_BYTES,
+    GpuKVCache,
+    GpuMemory,
+    KVCache,
+    bytes_per_block,
+    describe,
+    kv_bytes_on_gpu,
+    num_blocks_on_gpu,
+    num_blocks_that_fit,
+)
 
 LLAMA_2_7B = DecoderConfig.from_hf(
     {
@@ -63,6 +75,20 @@ def test_views_and_layout() -> None:
     assert sum(int(x.any()) for x in (*cache.k, *cache.v)) == 1
 
 
+def test_the_layout_on_a_gpu() -> None:
+    cache = GpuKVCache(3, 5, 16, 2, 32, torch.float16, torch.device("cpu"))
+    for x in (*cache.k, *cache.v):
+        assert x.shape == (5, 16, 2, 32)
+        assert x.stride() == (2 * 16 * 32, 32, 16 * 32, 1)  # a head's part of a block is one piece
+        assert x.dtype == torch.float16
+        assert not x.any()
+    cache.v[1][2, 3, 1, 7] = 5.0
+    cache.copy_blocks([(2, 4), (4, 0)])
+    assert [int(x.count_nonzero()) for x in (*cache.k, *cache.v)] == [0, 0, 0, 0, 3, 0]
+    assert cache.v[1][0, 3, 1, 7] == 5.0
+    assert cache.num_blocks == 5
+
+
 def test_fill() -> None:
     cache = make_cache(torch.bfloat16)
     cache.fill(float("nan"))
@@ -108,3 +134,62 @@ def test_a_gibibyte_by_default_and_no_more_than_can_be_filled() -> None:
     assert num_blocks_that_fit(EngineConfig(), LLAMA_2_7B, torch.float16, 4096) == DEFAULT_CPU_BYTES // size == 64
     config = EngineConfig(max_num_seqs=3)
     assert num_blocks_that_fit(config, GQA, torch.float16, 100) == 3 * 4
+
+
+# ---- on a GPU, with memory that is made up ---------------------------------------------------------------------------
+
+GIB = 2**30
+H200 = GpuMemory(141 * GIB, free_at_start=140 * GIB, free=124 * GIB, activations=3 * GIB, reserve=GIB // 2)
+
+
+def test_what_the_utilization_leaves() -> None:
+    """126.9 GiB may be used: 16 weights, 3 activations, 0.5 reserve."""
+    size = bytes_per_block(GQA, 32, torch.bfloat16)
+    left = int(141 * GIB * 0.9) - 16 * GIB - 3 * GIB - GIB // 2
+    assert kv_bytes_on_gpu(H200, 0.9) == left
+    assert num_blocks_on_gpu(EngineConfig(), GQA, torch.bfloat16, H200) == left // size
+    assert num_blocks_on_gpu(EngineConfig(kv_cache_dtype="auto"), GQA, torch.float32, H200) == left // (2 * size)
+    half = EngineConfig(gpu_memory_utilization=0.5)
+    assert num_blocks_on_gpu(half, GQA, torch.bfloat16, H200) == (int(70.5 * GIB) - int(19.5 * GIB)) // size
+
+
+def test_two_replicas_on_one_gpu_with_a_share_each() -> None:
+    """The second finds 45 % taken: they are not its own, but the free memory bounds it."""
+    second = H200._replace(free_at_start=77 * GIB, free=61 * GIB)
+    assert kv_bytes_on_gpu(second, 0.45) == kv_bytes_on_gpu(H200, 0.45) == int(141 * GIB * 0.45) - int(19.5 * GIB)
+    assert kv_bytes_on_gpu(second, 0.9) == 77 * GIB - int(19.5 * GIB)
+
+
+def test_hands_win_over_the_utilization() -> None:
+    size = bytes_per_block(GQA, 32, torch.bfloat16)
+    for config, expected in (
+        (EngineConfig(num_kv_blocks=7, kv_cache_memory_bytes=1), 7),
+        (EngineConfig(kv_cache_memory_bytes=5 * size + 1), 5),
+        # No more than every place can fill, on a CPU; here the prefix cache takes what there is.
+        (EngineConfig(kv_cache_memory_bytes=500 * size, max_num_seqs=1, max_model_len=64), 500),
+    ):
+        assert num_blocks_on_gpu(config, GQA, torch.bfloat16, H200) == expected
+
+
+def test_slots_stay_within_int32() -> None:
+    tiny = dataclasses.replace(GQA, num_layers=1, num_kv_heads=1, head_dim=1)
+    num_blocks = num_blocks_on_gpu(EngineConfig(), tiny, torch.float16, H200)
+    assert num_blocks * 32 <= 2**31 - 1 < (num_blocks + 1) * 32
+
+
+def test_nothing_left_on_a_gpu() -> None:
+    full = H200._replace(free=20 * GIB)
+    message = (
+        r"gpu_memory_utilization is 0.8, .* one block of 32 tokens takes \d+ bytes\): the GPU has 141.00 GiB, 140.00 GiB"
+        r" were free; weights and code take 120.00 GiB, the largest step \(512 tokens\) 3.00 GiB, CUDA graphs and the"
+        r" sampler 0.50 GiB. Raise it"
+    )
+    with pytest.raises(ConfigurationError, match=message):
+        num_blocks_on_gpu(EngineConfig(gpu_memory_utilization=0.8), GQA, torch.float16, full)
+    with pytest.raises(ConfigurationError, match="kv_cache_memory_bytes is 9; one block of 32 tokens takes"):
+        num_blocks_on_gpu(EngineConfig(kv_cache_memory_bytes=9), GQA, torch.float16, H200)
+
+
+def test_worked_example_of_the_docstring() -> None:
+    result = doctest.testmod(kv_cache)
+    assert (result.failed, result.attempted) == (0, 3)
