@@ -180,7 +180,7 @@ def test_slots_stay_within_int32() -> None:
 def test_nothing_left_on_a_gpu() -> None:
     full = H200._replace(free=20 * GIB)
     message = (
-        r"gpu_memory_utilization is 0.8, .* one block of 32 tokens takes \d+ bytes\): the GPU has 141.00 GiB, 140.00 GiB"
+        r"gpu_memory_utilization is 0.8, .*one block of 32 tokens takes \d+ bytes\): the GPU has 141.00 GiB, 140.00 GiB"
         r" were free; weights and code take 120.00 GiB, the largest step \(512 tokens\) 3.00 GiB, CUDA graphs and the"
         r" sampler 0.50 GiB. Raise it"
     )
