@@ -1,0 +1,81 @@
+"""The attention kernels as an 8B model launches them: 32 query heads, 8 kv heads, bfloat16, pages of 64."""
+
+from __future__ import annotations
+
+import torch
+
+from loadtests.machine_code.kernel import Kernel
+from serve_app.kernels.ragged_attention import attention_config
+
+MODULE = "serve_app.kernels.ragged_attention"
+NUM_HEADS, GROUP = 32, 4
+
+
+def kernels(capability: int) -> list[Kernel]:
+    found = []
+    for head_dim in (64, 128):
+        found += [
+            attention_kernel("prompt", head_dim, capability),
+            attention_kernel("decode", head_dim, capability),
+            merge_kernel(head_dim),
+        ]
+    found.append(attention_kernel("prompt", 128, capability, page=16))
+    found.append(attention_kernel("decode", 128, capability, page=16))
+    return found
+
+
+def attention_kernel(
+    row_class: str,
+    head_dim: int,
+    capability: int,
+    *,
+    page: int = 64,
+    window: bool = False,
+    soft_cap: bool = False,
+    dtype: str = "bf16",
+    min_blocks: int | None = None,
+) -> Kernel:
+    torch_type = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    config = attention_config(head_dim, GROUP, torch_type, row_class, (capability // 10, capability % 10))
+    arguments = dict.fromkeys(("p_q", "p_k", "p_v", "p_out"), f"*{dtype}") | {"p_tables": "*i32"}
+    if row_class == "prompt":
+        arguments |= {"p_tiles": "*i32"}
+    else:
+        arguments |= {"p_splits": "*i32", "p_counts": "*i32", "p_partial": "*fp32", "p_partial_sums": "*fp32"}
+    arguments |= {"score_factor": "fp32", "cap_factor": "fp32"}
+    arguments |= dict.fromkeys(("window", "stride_table", "stride_page", "stride_slot", "stride_head"), "i32")
+    options = ("" if page == 64 else f" page {page}") + " window" * window + " cap" * soft_cap
+    matrix = {"prompt": {80: "mma", 90: "wgmma", 100: "tcgen05"}, "decode": {}}[row_class].get(capability, "mma")
+    return Kernel(
+        name=f"attention {row_class} D{head_dim}{options}" + ("" if dtype == "bf16" else f" {dtype}"),
+        function=f"{MODULE}:_{row_class}_kernel",
+        arguments=arguments,
+        constants={
+            "HAS_WINDOW": window,
+            "HAS_CAP": soft_cap,
+            "HEAD_DIM": head_dim,
+            "NUM_HEADS": NUM_HEADS,
+            "GROUP": GROUP,
+            "PAGE": page,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_D": head_dim,
+        },
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        min_blocks=min_blocks or {"prompt": 1, "decode": 3}[row_class],
+        must_have=(matrix, "async_copies", "wide_loads") if row_class == "prompt" else (matrix, "async_copies"),
+    )
+
+
+def merge_kernel(head_dim: int) -> Kernel:
+    return Kernel(
+        name=f"attention merge D{head_dim}",
+        function=f"{MODULE}:_merge_kernel",
+        arguments={"p_out": "*bf16", "p_decodes": "*i32", "p_counts": "*i32"}
+        | dict.fromkeys(("p_partial", "p_partial_sums"), "*fp32"),
+        constants={"NUM_HEADS": NUM_HEADS, "HEAD_DIM": head_dim, "BLOCK_D": head_dim},
+        num_warps=2,
+        min_blocks=16,
+        must_have=("wide_loads",),
+    )
