@@ -114,7 +114,21 @@ class Decoder:
         k_caches: list[torch.Tensor],
         v_caches: list[torch.Tensor],
     ) -> torch.Tensor:
-        """input_ids int64 [N] -> logits [S, V] of the rows ``logits_indices``, in the model's dtype. Fills the caches.
+        """input_ids int64 [N] -> logits [S, V] of the rows ``logits_indices``, in the model's dtype. Fills the caches."""
+        hidden_SE = self.hidden_states(input_ids, metadata, logits_indices, k_caches, v_caches)
+        if not hidden_SE.shape[0]:
+            return hidden_SE.new_empty(0, self.config.vocab_size)
+        return self.head(hidden_SE)
+
+    def hidden_states(
+        self,
+        input_ids: torch.Tensor,
+        metadata: AttentionMetadata,
+        logits_indices: torch.Tensor,
+        k_caches: list[torch.Tensor],
+        v_caches: list[torch.Tensor],
+    ) -> torch.Tensor:
+        """All of `forward` but the head: [S, E], for a caller that takes the logits of many rows in parts.
 
         After the last layer's attention only the S rows are of use, and only they go on.
         """
@@ -137,7 +151,7 @@ class Decoder:
                 eps=eps,
             )
             if i == config.num_layers - 1 and not logits_indices.numel():
-                return x.new_empty(0, config.vocab_size)  # a chunk in the middle of a prompt: its K and V are all
+                return x.new_empty(0, config.hidden_size)  # a chunk in the middle of a prompt: its K and V are all
             attended = ops.ragged_attention(
                 q_NHD, k_cache, v_cache, metadata, scale=scale, sliding_window=layer.sliding_window
             ).flatten(1)
@@ -145,4 +159,4 @@ class Decoder:
                 attended, residual = attended[logits_indices], residual[logits_indices]
             x = ops.add_rms_norm(layer.o(attended), residual, layer.mlp_norm, eps)
             x = ops.add_rms_norm(layer.down(ops.silu_mul(layer.gate_up(x))), residual, next_norm, eps)
-        return self.head(x)
+        return x
