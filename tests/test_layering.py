@@ -88,6 +88,8 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("kernels/linear.py", DEVICE),
     ("kernels/cpu.py", DEVICE),
     ("kernels/*.py", DEVICE),  # one file per Triton op; they may not import each other
+    ("kernels/cuda_linear.py", DEVICE),
+    ("kernels/cuda.py", DEVICE),
     ("kernels/ops.py", DEVICE),
     ("models/decoder_config.py", DEVICE),
     ("models/rope.py", DEVICE),

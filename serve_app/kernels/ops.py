@@ -2,12 +2,13 @@
 
 select("cpu")         kernels/cpu.py, numba on torch's threads
 select("reference")   kernels/reference.py, the oracle: slow, for tests
-select("cuda")        Triton; not built yet
+select("cuda")        kernels/cuda.py, Triton; with TRITON_INTERPRET=1 it runs, slowly, on CPU tensors
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Protocol, cast
 
 import torch
@@ -15,7 +16,11 @@ import torch
 from serve_app.errors import ConfigurationError
 from serve_app.kernels.metadata import AttentionMetadata
 
-_MODULES = {"cpu": "serve_app.kernels.cpu", "reference": "serve_app.kernels.reference"}
+_MODULES = {
+    "cpu": "serve_app.kernels.cpu",
+    "reference": "serve_app.kernels.reference",
+    "cuda": "serve_app.kernels.cuda",
+}
 
 
 class LinearLayer(Protocol):
@@ -70,7 +75,24 @@ class Ops(Protocol):
 
 
 def select(name: str) -> Ops:
-    """The implementation for a device type. Raises ConfigurationError naming the ones there are."""
+    """The implementation for a device type.
+
+    Raises ConfigurationError: it is none of those there are; or it is "cuda", and Triton or a CUDA device is missing.
+    """
     if name not in _MODULES:
         raise ConfigurationError(f"device is {name!r}; there are kernels for {', '.join(_MODULES)}")
+    if name == "cuda":
+        _check_cuda()
     return cast(Ops, importlib.import_module(_MODULES[name]))
+
+
+def _check_cuda() -> None:
+    if importlib.util.find_spec("triton") is None:
+        raise ConfigurationError("device is 'cuda', but triton is not installed; torch's CUDA builds bring it along")
+    import triton
+
+    if not (torch.cuda.is_available() or triton.knobs.runtime.interpret):
+        raise ConfigurationError(
+            f"device is 'cuda', but torch {torch.__version__} finds no CUDA device (TRITON_INTERPRET=1 would interpret"
+            " the kernels on the CPU, for tests)"
+        )
