@@ -137,9 +137,9 @@ def _read(kernel: Kernel, capability: int, cubin: bytes, shared: int) -> Report:
         mma=count("HMMA"),
         wgmma=count("HGMMA"),
         tcgen05=count("UTC.*MMA"),
-        async_copies=count("LDGSTS"),
+        async_copies=count(r"LDGSTS\S*\.128"),
         tma=count("UTMALDG"),
-        wide_loads=count(r"LDG\S*\.128"),
+        wide_loads=count(r"LDG\.\S*128"),
         loops=tuple(len(body) for body in loops),
     )
 

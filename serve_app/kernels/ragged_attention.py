@@ -461,6 +461,7 @@ def ragged_attention(
         if workspace is None:
             size = workspace_size(num_splits, num_heads, head_dim)
             workspace = torch.empty(size, dtype=torch.float32, device=q_NHD.device)
+        assert workspace.numel() >= workspace_size(num_splits, num_heads, head_dim), "the workspace is too small"
         vectors = num_splits * num_heads * head_dim
         programs = min(num_splits, -(-num_processors * PROGRAMS_PER_PROCESSOR // num_kv_heads))
         _decode_kernel[(num_kv_heads, programs)](
@@ -503,7 +504,7 @@ def _check(q_NHD: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, sc
     _, num_heads, head_dim = q_NHD.shape
     _, page, num_kv_heads, _ = k_cache.shape
     assert num_heads % num_kv_heads == 0
-    assert 1 <= num_heads // num_kv_heads <= 16, "a group of more than 16 queries has no tile"
+    assert num_heads // num_kv_heads <= 16, f"a group of {num_heads // num_kv_heads} queries has no tile"
     assert head_dim % 16 == 0, f"head dim {head_dim} is no multiple of 16"
     assert head_dim <= 256, f"head dim {head_dim} is larger than 256"
     assert page & (page - 1) == 0, f"block_size {page} is no power of two"
