@@ -1,28 +1,52 @@
-"""Logits -> tokens on a GPU, without waiting for it. Knows sampling parameters and slots; the arithmetic is kernels/sampling.py.
+"""Logits -> tokens on a GPU, without waiting for it. Knows sampling parameters and slots; kernels/sampling.py computes.
 
-Same order of operations, parameters and errors as runner/sampler.py. By design the tokens of a sampling row are others:
-there one uniform number goes through the inverse CDF, here every token of the vocabulary has its own number and the
-largest weight / exponential wins (the Gumbel argmax). Greedy rows, kept sets, edited logits and log-probabilities are
-the same. Shapes: S rows that sample, V vocab, A rows that ask for log-probabilities.
+Same order of operations, parameters and errors as runner/sampler.py. By design the tokens of a row that samples are
+others: there one uniform number goes through the inverse CDF, here every token of the vocabulary has a number of its own
+and the largest weight / exponential wins (the Gumbel argmax). Greedy rows, kept sets, edited logits and
+log-probabilities are the same. Shapes: S rows, V vocab, A rows that ask for log-probabilities.
 
-    plan = sampler.prepare(sequences, positions)      host: parameters into plan.rows, int32 [S, 16]
-    step = sampler.sample(logits_SV, plan)            launches only; step.token_ids stays on the device for the next step
-    step.start_copy()                                 the device -> host copy, with an event behind it
-    step.read() -> SampledTokens                      waits for the event; raises StepFailedError
+    plan = sampler.prepare(sequences, positions)     on the host: parameters into plan.rows, int32 [S, 16]
+    step = sampler.sample(logits_SV, plan)           launches only; step.token_ids stay on the device for the next step
+    step.start_copy()                                the copy to the host, with an event behind it
+    step.read() -> SampledTokens                     waits for the event; raises StepFailedError
+
+A plan that is plain (no edits, no log-probabilities) needs only kernels over arrays at fixed addresses. A CUDA graph
+captures `launch` with them, once for each pair (draws, truncates) that is wanted, and after a replay `finish` makes the
+step. Everything runs on the current stream, one step behind the other.
+
+Sequences that edit their logits have one word per token of the vocabulary in their slot. The device itself counts the
+token it has just sampled, so the next step is right before the host has read anything. The host remembers how many
+tokens of which sequence a slot has counted, and where that is not what it should be (another sequence, a return after a
+preemption, a step that failed), the words are made anew from token_ids.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from serve_app.engine.request import TokenLogprobs
+from serve_app.engine.request import MAX_LOGPROBS, SamplingParams, TokenLogprobs
 from serve_app.engine.sequence import Sequence
-from serve_app.runner.sampler import SampledTokens
+from serve_app.errors import StepFailedError
+from serve_app.kernels import sampling as kernels
+from serve_app.kernels.sampling import NUM_FIELDS, Edit, Field, Flag, Word
+from serve_app.runner.sampler import MIN_TEMPERATURE, SampledTokens
+
+IntArray = npt.NDArray[np.int32]
+
+_FLOATS = {
+    Field.INVERSE_TEMPERATURE,
+    Field.MIN_P,
+    Field.REPETITION,
+    Field.FREQUENCY,
+    Field.PRESENCE,
+}
 
 
 @dataclass
@@ -30,47 +54,124 @@ class SamplingPlan:
     """What a step's rows ask for, on the host."""
 
     sequences: list[Sequence]
-    rows: npt.NDArray[np.int32]
-    """[num_rows, 16], C order: the packed parameters. Goes to the device as it is (K4's packed copy, or sample's own)."""
-    draws: bool
+    rows: IntArray
+    """[num_rows, 16], C order: the packed parameters (kernels.sampling.Field), to go to the device as they are."""
+    draws: bool = False
     """Some row is not greedy."""
-    truncates: bool
+    truncates: bool = False
     """Some row has top_k or top_p."""
-    edits: bool
-    """Some row edits its logits (penalties, bias, masks, min_tokens): not for a CUDA graph."""
+    edited: list[int] = field(default_factory=list)
+    """Rows with masks, min_tokens, bias or penalties."""
+    masks: npt.NDArray[np.bool_] | None = None
+    """[len(edited), V], if some row has one."""
+    asking: list[int] = field(default_factory=list)
+    """Rows that want log-probabilities."""
 
     @property
     def is_plain(self) -> bool:
-        """Nothing but kernels over fixed buffers: `DeviceSampler.launch` of it can be captured in a CUDA graph."""
-        raise NotImplementedError
+        """No edits and no log-probabilities: its launches may be replayed from a CUDA graph."""
+        return not self.edited and not self.asking
 
 
 class SampledStep:
-    """The results of one step, on the device until they are read."""
+    """What a step sampled, on the device until it is read."""
 
-    token_ids: torch.Tensor
-    """int32 [num_rows], on the device, contiguous. 0 in a row that failed or is padding."""
+    def __init__(self, plan: SamplingPlan, out: torch.Tensor, logprobs: PendingLogprobs | None) -> None:
+        self._plan = plan
+        self._out = _Copy(out)
+        self._logprobs = logprobs
+        self.token_ids = out[0]
+        """int32 [num_rows], contiguous, on the device. 0 in a row that failed; rows of padding have some token."""
 
     def start_copy(self) -> None:
-        """Queue the copy to the host on the current stream; returns at once. `read` does it if nobody did."""
-        raise NotImplementedError
+        """Queue the copy to the host on the current stream and return. `read` does it where nobody did."""
+        self._out.start()
+        if self._logprobs is not None:
+            self._logprobs.start_copy()
 
     def read(self) -> SampledTokens:
-        """Waits. Raises StepFailedError naming the first request whose row has NaN, +inf or nothing allowed."""
-        raise NotImplementedError
+        """Wait. Raises StepFailedError naming the first request whose row has NaN or +inf, or nothing allowed."""
+        self.start_copy()
+        token_ids, flags = self._out.wait()
+        sequences = self._plan.sequences
+        for part in (flags >> 2, flags & 3):  # what the model made comes before what edits made of it
+            bad = np.flatnonzero(part[: len(sequences)])
+            if len(bad):
+                request_id, choice_index = sequences[bad[0]].key
+                raise StepFailedError(
+                    f"request {request_id} (choice {choice_index}) cannot be sampled: {_REASONS[Flag(part[bad[0]])]}"
+                )
+        logprobs = {}
+        if self._logprobs is not None:
+            chosen = token_ids[self._plan.asking].tolist()
+            logprobs = dict(zip(self._plan.asking, self._logprobs.read(chosen), strict=True))
+        return SampledTokens(token_ids[: len(sequences)].tolist(), logprobs)
+
+
+_REASONS = {
+    Flag.INFINITE: "its logits contain inf",
+    Flag.NAN: "its logits contain nan",
+    Flag.NOTHING: "no token that is allowed has a finite logit",
+}
 
 
 class PendingLogprobs:
-    """Log-probabilities of given tokens (prompt_logprobs), on the device until they are read."""
+    """Log-probabilities, on the device until they are read. One part per launch."""
 
-    def read(self) -> list[TokenLogprobs]:
-        raise NotImplementedError
+    def __init__(self, rows: SequenceOf[int], token_ids: SequenceOf[int], num_top: SequenceOf[int]) -> None:
+        self._rows = rows
+        self._token_ids = token_ids
+        self._num_top = num_top
+        self.parts: list[_Copy] = []
+
+    def start_copy(self) -> None:
+        for part in self.parts:
+            part.start()
+
+    def read(self, chosen: SequenceOf[int] | None = None) -> list[TokenLogprobs]:
+        """Wait. ``chosen``: the tokens, where they were not known at launch. Raises StepFailedError naming the row."""
+        self.start_copy()
+        results: list[TokenLogprobs] = []
+        token_ids = self._token_ids if chosen is None else chosen
+        for part in self.parts:
+            words = part.wait()
+            floats = words.view(np.float32)
+            for row in range(len(words)):
+                number = len(results)
+                if words[row, 0] != Flag.FINE:
+                    reason = _REASONS[Flag(words[row, 0])]
+                    raise StepFailedError(f"row {self._rows[number]} has no log-probabilities: {reason}")
+                best, total, own = floats[row, 1:4].tolist()
+                offset = best + math.log(total)
+                top: tuple[tuple[int, float], ...] = ()
+                if num_top := self._num_top[number]:
+                    ids, logits = words[row, 4 : 4 + num_top], floats[row, 4 + MAX_LOGPROBS :][:num_top]
+                    order = np.argsort(-logits, kind="stable")  # they came in the order of ids
+                    top = tuple((int(ids[i]), float(logits[i]) - offset) for i in order)
+                results.append(TokenLogprobs(token_ids[number], own - offset, top))
+        return results
 
 
 class DeviceSampler:
-    """``max_num_seqs``: slots, and the most rows of a step. ``device``: a CUDA device, or "cpu" in the interpreter."""
+    """Chooses the next token of each row, on a device.
 
-    def __init__(self, vocab_size: int, max_num_seqs: int, device: torch.device | str) -> None: ...
+    ``max_num_seqs``: slots, and the most rows of a step. ``device``: a CUDA device; "cpu" under Triton's interpreter.
+    """
+
+    def __init__(self, vocab_size: int, max_num_seqs: int, device: torch.device | str) -> None:
+        self.vocab_size = vocab_size
+        self.max_num_seqs = max_num_seqs
+        self.device = torch.device(device)
+        self._scratch = kernels.Scratch(vocab_size, max_num_seqs, self.device)
+        self._slots: list[_Slot | None] = [None] * max_num_seqs
+        self._words: torch.Tensor | None = None
+        """int32 [max_num_seqs, V] of `Word`; made when somebody first needs it, and the same holds for the others."""
+        self._bias: torch.Tensor | None = None
+        """float32 [max_num_seqs, V]."""
+        self._edited: torch.Tensor | None = None
+        """float32 [max_num_seqs, V]: the edited logits of a step."""
+
+    # ---- on the host ---------------------------------------------------------------------------------------------
 
     def prepare(
         self,
@@ -81,37 +182,309 @@ class DeviceSampler:
     ) -> SamplingPlan:
         """Pack the parameters of a step; row i of its logits belongs to ``sequences[i]``.
 
-        ``positions[i]``: the place the token will take, start + num_tokens of the scheduled sequence; by default
-        len(token_ids). ``num_rows``: rows of the padded batch; those behind the sequences are greedy and ignored.
-        Queues the copies that put a new sequence's state into its slot. Raises StepFailedError naming the request for a
-        token id beyond the vocabulary.
+        ``positions[i]``: the place that the token will take, start + num_tokens of the scheduled sequence; by default
+        len(token_ids). ``masks[i]``: bool [V], True where row i may go. ``num_rows``: rows of the padded batch; those
+        behind the sequences are greedy and ignored. Brings the state of new sequences to their slots, on the current
+        stream, so it is called in the order of the steps and every plan is sampled (or its step is run again).
+
+        Raises StepFailedError naming the request for a token id beyond the vocabulary.
         """
-        raise NotImplementedError
+        num_rows = len(sequences) if num_rows is None else num_rows
+        assert len(sequences) <= num_rows <= self.max_num_seqs
+        masks = masks or {}
+        if positions is None:
+            positions = [len(sequence.token_ids) for sequence in sequences]
+        rows = np.zeros((num_rows, NUM_FIELDS), dtype=np.int32)
+        rows[:, Field.SOURCE] = np.arange(num_rows)
+        rows[:, Field.EDITED] = -1
+        plan = SamplingPlan(list(sequences), rows)
+        self._pack_draws(plan, positions)
+        for row, (sequence, position) in enumerate(zip(sequences, positions, strict=True)):
+            params = sequence.request.sampling
+            if params.logprobs is not None:
+                plan.asking.append(row)
+            edits = _edits_of(params, position - sequence.num_prompt_tokens) | (Edit.MASK if row in masks else Edit(0))
+            if edits:
+                self._pack_edits(plan, row, position, edits)
+        if masks and plan.edited:
+            plan.masks = np.ones((len(plan.edited), self.vocab_size), dtype=np.bool_)
+            for row, mask in masks.items():
+                assert mask.shape == (self.vocab_size,) and mask.dtype == np.bool_
+                plan.masks[plan.edited.index(row)] = mask
+        return plan
+
+    def _pack_draws(self, plan: SamplingPlan, positions: SequenceOf[int]) -> None:
+        """All rows at once: temperature, truncation and the key of the random numbers."""
+        num = len(plan.sequences)
+        samplings = [sequence.request.sampling for sequence in plan.sequences]
+        temperature = np.array([params.temperature for params in samplings], dtype=np.float64)
+        samples = temperature >= MIN_TEMPERATURE
+        plan.draws = bool(samples.any())
+        if not plan.draws:
+            return
+        words, floats = plan.rows[:num], plan.rows[:num].view(np.float32)
+        assert all(params.is_resolved for params in samplings)
+        assert all(params.seed is not None for params, drawn in zip(samplings, samples, strict=True) if drawn)
+        seeds = np.array([params.seed or 0 for params in samplings], dtype=np.uint64)
+        top_k = np.array([min(cast(int, params.top_k), 2**31 - 1) for params in samplings], dtype=np.int64)
+        top_k[(top_k < 0) | (top_k >= self.vocab_size)] = 0
+        top_p = np.array([params.top_p for params in samplings], dtype=np.float64)
+        words[:, Field.SEED_LOW : Field.SEED_HIGH + 1] = seeds.view(np.int32).reshape(num, 2)
+        words[:, Field.CHOICE] = [sequence.request.choice_index for sequence in plan.sequences]
+        words[:, Field.POSITION] = positions
+        floats[samples, Field.INVERSE_TEMPERATURE] = 1.0 / temperature[samples]
+        floats[:, Field.MIN_P] = [params.min_p for params in samplings]
+        words[:, Field.TOP_K] = top_k
+        words[:, Field.TOP_P_LOW : Field.TOP_P_HIGH + 1] = top_p.view(np.int32).reshape(num, 2)
+        plan.truncates = bool((samples & ((top_k > 0) | (top_p < 1.0))).any())
+
+    def _pack_edits(self, plan: SamplingPlan, row: int, position: int, edits: Edit) -> None:
+        sequence = plan.sequences[row]
+        params = sequence.request.sampling
+        words, floats = plan.rows[row], plan.rows[row].view(np.float32)
+        words[Field.EDITED] = len(plan.edited)
+        words[Field.SLOT] = sequence.slot
+        words[Field.EDITS] = int(edits)
+        floats[Field.REPETITION] = params.repetition_penalty
+        floats[Field.FREQUENCY] = params.frequency_penalty
+        floats[Field.PRESENCE] = params.presence_penalty
+        plan.edited.append(row)
+        if edits & (Edit.WORDS | Edit.BIAS):
+            self._fill_slot(sequence, position, edits)
+
+    def _fill_slot(self, sequence: Sequence, position: int, edits: Edit) -> None:
+        """Make the slot's words those of the sequence with ``position`` tokens counted, unless they are."""
+        slot = self._slots[sequence.slot]
+        counts = bool(edits & Edit.PENALTIES)
+        if slot is None or slot.sequence is not sequence or (counts and slot.num_counted != position):
+            self._slots[sequence.slot] = None
+            self._check_token_ids(sequence)
+            if edits & Edit.WORDS:
+                self._write_words(sequence, position)
+            if edits & Edit.BIAS:
+                self._write_bias(sequence)
+            slot = self._slots[sequence.slot] = _Slot(sequence)
+        slot.num_counted = position + 1  # with the token that this step's launches will count
+
+    def _check_token_ids(self, sequence: Sequence) -> None:
+        params = sequence.request.sampling
+        for name, token_ids in (("allowed_token_ids", params.allowed_token_ids), ("logit_bias", params.logit_bias)):
+            largest = max(token_ids or (), default=0)
+            if largest >= self.vocab_size:
+                request_id, choice_index = sequence.key
+                raise StepFailedError(
+                    f"request {request_id} (choice {choice_index}) cannot be sampled: {name} has the token id {largest},"
+                    f" and the vocabulary has {self.vocab_size} tokens"
+                )
+
+    def _write_words(self, sequence: Sequence, position: int) -> None:
+        if len(sequence.token_ids) < position:
+            request_id, choice_index = sequence.key
+            raise StepFailedError(
+                f"request {request_id} (choice {choice_index}): the token before position {position} was counted by"
+                " nobody and is not known here yet"
+            )
+        params = sequence.request.sampling
+        allowed = params.allowed_token_ids
+        words = np.full(self.vocab_size, 0 if allowed is None else int(Word.FORBIDDEN), dtype=np.int32)
+        if allowed is not None:
+            words[list(allowed)] = 0
+        words[[i for i in sequence.stop_ids if i < self.vocab_size]] |= int(Word.STOPS)
+        if _has_penalties(params):
+            tokens = np.array(sequence.token_ids[:position], dtype=np.int64)
+            words += np.bincount(tokens[sequence.num_prompt_tokens :], minlength=self.vocab_size).astype(np.int32)
+            words[tokens[: sequence.num_prompt_tokens]] |= int(Word.IN_PROMPT)
+        if self._words is None:
+            self._words = self._new_state(torch.int32)
+        self._words[sequence.slot].copy_(self._to_device(words), non_blocking=True)
+
+    def _write_bias(self, sequence: Sequence) -> None:
+        bias = sequence.request.sampling.logit_bias or {}
+        row = np.zeros(self.vocab_size, dtype=np.float32)
+        row[list(bias)] = list(bias.values())
+        if self._bias is None:
+            self._bias = self._new_state(torch.float32)
+        self._bias[sequence.slot].copy_(self._to_device(row), non_blocking=True)
+
+    # ---- on the device -------------------------------------------------------------------------------------------
 
     def sample(self, logits_SV: torch.Tensor, plan: SamplingPlan, rows: torch.Tensor | None = None) -> SampledStep:
-        """Launch whatever the plan needs. ``rows``: plan.rows on the device, if the caller has copied it."""
-        raise NotImplementedError
+        """Launch what the plan needs, and wait for nothing.
+
+        ``logits_SV``: float32, bfloat16 or float16, at least plan.rows' rows, left as it is. ``rows``: plan.rows on the
+        device, where the caller has copied them with its own.
+        """
+        assert len(logits_SV) >= len(plan.rows) and logits_SV.shape[1] == self.vocab_size
+        if rows is None:
+            rows = self._to_device(plan.rows)
+        out = torch.empty((2, len(plan.rows)), dtype=torch.int32, device=self.device)
+        if not len(plan.rows):
+            return SampledStep(plan, out, None)
+        edited = self._edit(logits_SV, plan, rows) if plan.edited else None
+        self._launch(logits_SV, rows, out, edited, draws=plan.draws, truncates=plan.truncates)
+        if plan.edited and self._words is not None:
+            kernels.count(rows, out, self._words)
+        return self.finish(plan, out, logits_SV)
 
     def launch(
         self, logits_SV: torch.Tensor, rows: torch.Tensor, out: torch.Tensor, *, draws: bool, truncates: bool
     ) -> None:
-        """The launches of a plain plan, for capture in a CUDA graph: out int32 [2, S] = token ids, flags."""
-        raise NotImplementedError
+        """The launches of a plain plan. ``rows``: int32 [S, 16]; ``out``: int32 [2, S], gets token ids and flags.
 
-    def finish(self, plan: SamplingPlan, out: torch.Tensor) -> SampledStep:
-        """The step of a plain plan whose `launch` (or its graph) has filled ``out``."""
-        raise NotImplementedError
+        A graph captured with draws and truncates serves plans without them too: rows that do not ask leave at once.
+        """
+        self._launch(logits_SV, rows, out, None, draws=draws, truncates=truncates)
+
+    def _launch(
+        self,
+        logits_SV: torch.Tensor,
+        rows: torch.Tensor,
+        out: torch.Tensor,
+        edited: torch.Tensor | None,
+        *,
+        draws: bool,
+        truncates: bool,
+    ) -> None:
+        kernels.scan(logits_SV, rows, self._scratch, edited)
+        if truncates:
+            kernels.cut(logits_SV, rows, self._scratch, edited)
+        if draws:
+            kernels.draw(logits_SV, rows, self._scratch, edited, has_cuts=truncates)
+        kernels.choose(rows, self._scratch, out, has_edits=edited is not None, draws=draws)
+
+    def finish(self, plan: SamplingPlan, out: torch.Tensor, logits_SV: torch.Tensor | None = None) -> SampledStep:
+        """The step whose `launch` (or the graph that holds it) has filled ``out``; the logits if some rows ask."""
+        logprobs = None
+        if plan.asking:
+            assert logits_SV is not None
+            num_top = [plan.sequences[row].request.sampling.logprobs or 0 for row in plan.asking]
+            logprobs = self._logprobs(logits_SV, plan.asking, [-1] * len(plan.asking), num_top, chosen=out)
+        return SampledStep(plan, out, logprobs)
 
     def token_logprobs(
         self, logits_NV: torch.Tensor, rows: SequenceOf[int], token_ids: SequenceOf[int], num_top: SequenceOf[int]
     ) -> PendingLogprobs:
-        """Log-probabilities of ``token_ids[i]`` in row ``rows[i]`` with the ``num_top[i]`` likeliest tokens."""
-        raise NotImplementedError
+        """Log-probabilities of ``token_ids[i]`` in row ``rows[i]`` with its ``num_top[i]`` likeliest tokens (at most 64).
 
-    def warm_up(self, dtype: torch.dtype) -> None:
-        """Compile every variant for logits of that type, so that no step compiles anything."""
-        raise NotImplementedError
+        The same as runner/sampler.py's token_logprobs. Reading it raises StepFailedError naming a row that has NaN or
+        +inf or nothing finite.
+        """
+        return self._logprobs(logits_NV, rows, token_ids, num_top, chosen=None)
+
+    def _logprobs(
+        self,
+        logits_NV: torch.Tensor,
+        rows: SequenceOf[int],
+        token_ids: SequenceOf[int],
+        num_top: SequenceOf[int],
+        chosen: torch.Tensor | None,
+    ) -> PendingLogprobs:
+        num_top = [min(num, self.vocab_size) for num in num_top]
+        pending = PendingLogprobs(rows, token_ids, num_top)
+        for start in range(0, len(rows), self.max_num_seqs):
+            part = slice(start, start + self.max_num_seqs)
+            params = np.zeros((len(rows[part]), NUM_FIELDS), dtype=np.int32)
+            params[:, Field.SOURCE] = rows[part]
+            params[:, Field.EDITED] = -1
+            params[:, Field.TOP_K] = [num if num < self.vocab_size else 0 for num in num_top[part]]
+            params[:, Field.TOP_P_LOW : Field.TOP_P_HIGH + 1] = np.array([1.0]).view(np.int32)
+            params.view(np.float32)[:, Field.INVERSE_TEMPERATURE] = 1.0
+            targets = np.stack((token_ids[part], num_top[part]), axis=1).astype(np.int32)
+            words = torch.empty((len(params), 4 + 2 * MAX_LOGPROBS), dtype=torch.int32, device=self.device)
+            on_device = self._to_device(targets)
+            kernels.logprobs(
+                logits_NV,
+                self._to_device(params),
+                self._scratch,
+                on_device,
+                on_device if chosen is None else chosen,
+                words,
+            )
+            pending.parts.append(_Copy(words))
+        return pending
+
+    def _edit(self, logits_SV: torch.Tensor, plan: SamplingPlan, rows: torch.Tensor) -> torch.Tensor:
+        if self._edited is None:
+            self._edited = torch.empty((self.max_num_seqs, self.vocab_size), dtype=torch.float32, device=self.device)
+        masks = None if plan.masks is None else self._to_device(plan.masks.view(np.uint8))
+        # Where nobody has a state or a mask, no row's edits make the kernel read one, so one word will do.
+        nothing = rows.view(-1)[:1]
+        kernels.edit(
+            logits_SV,
+            rows,
+            self._scratch,
+            self._edited,
+            state=nothing if self._words is None else self._words,
+            bias=nothing.view(torch.float32) if self._bias is None else self._bias,
+            masks=nothing.view(torch.uint8) if masks is None else masks,
+            some_wait=bool((plan.rows[plan.edited, Field.EDITS] & int(Edit.MIN_TOKENS)).any()),
+        )
+        return self._edited
+
+    def _new_state(self, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros((self.max_num_seqs, self.vocab_size), dtype=dtype, device=self.device)
+
+    def _to_device(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
+        """A copy. On a GPU through pinned memory, which torch keeps until the copy is done."""
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cpu":
+            return tensor.clone()
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    # ---- start-up ------------------------------------------------------------------------------------------------
 
     def state_bytes(self) -> int:
-        """Device memory that may still be allocated when somebody first asks for edits: to be kept free."""
-        raise NotImplementedError
+        """Device memory that is allocated when somebody first asks for edits: words, bias, edited logits."""
+        return 3 * 4 * self.max_num_seqs * self.vocab_size
+
+
+@dataclass
+class _Slot:
+    """Whose words a slot has, and how many of its tokens they count."""
+
+    sequence: Sequence
+    num_counted: int = -1
+
+
+class _Copy:
+    """A device tensor on its way to the host."""
+
+    def __init__(self, source: torch.Tensor) -> None:
+        self._source = source
+        self._host: torch.Tensor | None = None
+        self._event: torch.cuda.Event | None = None
+
+    def start(self) -> None:
+        if self._host is not None:
+            return
+        if self._source.device.type == "cpu":
+            self._host = self._source.clone()
+            return
+        self._host = torch.empty(self._source.shape, dtype=self._source.dtype, pin_memory=True)
+        self._host.copy_(self._source, non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record()
+
+    def wait(self) -> IntArray:
+        assert self._host is not None
+        if self._event is not None:
+            self._event.synchronize()
+        return cast(IntArray, self._host.numpy())
+
+
+def _has_penalties(params: SamplingParams) -> bool:
+    return params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
+
+
+def _edits_of(params: SamplingParams, num_output_tokens: int) -> Edit:
+    """What the request's own parameters ask for at this length of output."""
+    edits = Edit(0)
+    if _has_penalties(params):
+        edits |= Edit.PENALTIES | Edit.WORDS
+    if params.allowed_token_ids is not None:
+        edits |= Edit.WORDS
+    if num_output_tokens < params.min_tokens:
+        edits |= Edit.MIN_TOKENS | Edit.WORDS
+    if params.logit_bias:
+        edits |= Edit.BIAS
+    return edits
