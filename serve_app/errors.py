@@ -14,6 +14,7 @@ RaggedServeError                  500 internal_error
 |  `- BodyTooLargeError           413 body_too_large           more bytes than a body may have
 |- DeadlineExceededError          504 deadline_exceeded
 |- StepFailedError                500 step_failed              the model could not compute this request
+|- DeviceLostError                503 device_lost              the GPU computes nothing any more: the engine must end
 |- EngineUnavailableError         503 engine_unavailable       stopping, draining or dead
 |- OverloadedError                429 overloaded               no room, and the queue is full or the wait too long
 |- LeaseRefusedError              503 lease_refused            the replica's pool has less room than was booked
@@ -136,6 +137,13 @@ class DeadlineExceededError(RaggedServeError):
 class StepFailedError(RaggedServeError):
     status = 500
     code = "step_failed"
+
+
+class DeviceLostError(RaggedServeError):
+    """No step can succeed any more in this process."""
+
+    status = 503
+    code = "device_lost"
 
 
 class EngineUnavailableError(RaggedServeError):

@@ -65,6 +65,7 @@ def make_engine(runner: ModelRunner, *, num_kv_blocks: int | None = None, **chan
         max_model_len=runner.max_model_len,
         vocab_size=runner.vocab_size,
         eos_token_ids=runner.eos_token_ids,
+        has_position_classes=runner.has_position_classes,
     )
     return Engine(config, runner, scheduler=scheduler)
 

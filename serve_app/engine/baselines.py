@@ -292,6 +292,7 @@ class PaddingCounter:
         self.vocab_size = runner.vocab_size
         self.eos_token_ids = runner.eos_token_ids
         self.max_steps_in_flight = runner.max_steps_in_flight
+        self.has_position_classes = runner.has_position_classes
 
     def launch(self, plan: SchedulerOutput) -> Step:
         padded = plan.num_padded_tokens if isinstance(plan, PaddedOutput) else 0

@@ -19,9 +19,15 @@ def root_hash(cache_salt: str) -> bytes:
     return hashlib.sha256(b"ragged-serve kv block\x00" + cache_salt.encode("utf-8", "surrogatepass")).digest()
 
 
-def hash_block(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """SHA-256 over the parent block's hash and this block's token ids (as int64): names the whole prefix."""
-    return hashlib.sha256(parent + array("q", token_ids).tobytes()).digest()
+def hash_block(parent: bytes, token_ids: Sequence[int], num_prompt: int | None = None) -> bytes:
+    """SHA-256 over the parent block's hash and this block's token ids (as int64): names the whole prefix.
+
+    ``num_prompt``: where prompt and output positions are computed by different kernels and bits are promised, how many
+    of a block's positions belong to the prompt, if not all. So a block of outputs is found again by the request that
+    recomputes them, and not by one whose prompt repeats them. None: all of them, or nobody asks.
+    """
+    tag = b"" if num_prompt is None else b"output" + num_prompt.to_bytes(4, "little")
+    return hashlib.sha256(parent + array("q", token_ids).tobytes() + tag).digest()
 
 
 class BlockPool:

@@ -14,7 +14,7 @@ from serve_app.engine.config import EngineConfig
 from serve_app.engine.request import GenerateRequest, TokenLogprobs, TokenOutput
 from serve_app.engine.scheduler import Key, Scheduler, SchedulerOutput
 from serve_app.engine.step_record import StepRecord, StepRecorder
-from serve_app.errors import RaggedServeError, StepFailedError
+from serve_app.errors import DeviceLostError, RaggedServeError, StepFailedError
 
 
 class Step(Protocol):
@@ -52,6 +52,9 @@ class Runner(Protocol):
     eos_token_ids: frozenset[int]
     max_steps_in_flight: int
     """1: a step is read before the next is planned. 2: the next one is launched first."""
+    has_position_classes: bool
+    """True if prompt and output positions are computed in different ways, and bits are promised: then a block is reused
+    only for positions of the class it was computed for (see `hash_block`)."""
 
     def launch(self, plan: SchedulerOutput) -> Step:
         """Starts a step. First copies plan.block_copies, in order; then everything else."""
@@ -79,6 +82,7 @@ class Engine:
             max_model_len=runner.max_model_len,
             vocab_size=runner.vocab_size,
             eos_token_ids=runner.eos_token_ids,
+            has_position_classes=runner.has_position_classes,
         )
         self._in_flight: deque[tuple[SchedulerOutput, Step, StepRecord]] = deque()
 
@@ -94,7 +98,10 @@ class Engine:
         return self.scheduler.has_work or bool(self._in_flight)
 
     def step(self) -> list[TokenOutput]:
-        """Launches one step if there is something to run, and reads the oldest one once enough are in flight."""
+        """Launches one step if there is something to run, and reads the oldest one once enough are in flight.
+
+        Raises DeviceLostError if no step can succeed any more; whatever else fails in a step is one request's end.
+        """
         started = self.clock()
         plan = self.scheduler.schedule(started)
         outputs = self.scheduler.take_ended()
@@ -112,6 +119,8 @@ class Engine:
     def _launch(self, plan: SchedulerOutput) -> Step:
         try:
             return self.runner.launch(plan)
+        except DeviceLostError:
+            raise
         except Exception as error:
             return _FailedStep(error)
 
@@ -120,6 +129,8 @@ class Engine:
         started = self.clock()
         try:
             token_ids = step.token_ids()
+        except DeviceLostError:
+            raise
         except Exception as error:
             outputs = self._run_alone(plan, error)
             record.seconds["wait"] = self.clock() - started
@@ -150,6 +161,8 @@ class Engine:
             try:
                 step = self.runner.launch(alone)
                 token_ids = step.token_ids()
+            except DeviceLostError:
+                raise
             except Exception as again:
                 self.scheduler.fail(sequence, _as_family(again, sequence.key))
             else:
@@ -192,6 +205,8 @@ def _wait_and_discard(step: Step) -> Exception | None:
     """Its result is void, whatever it is; but nothing may run behind our back when the retries start."""
     try:
         step.token_ids()
+    except DeviceLostError:
+        raise
     except Exception as error:
         return error
     return None

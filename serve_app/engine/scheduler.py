@@ -91,7 +91,10 @@ class SchedulerOutput:
 
 
 class Scheduler:
-    """``vocab_size``, ``max_model_len`` and ``eos_token_ids`` are the model's; ``num_blocks`` is the pool's size."""
+    """``vocab_size``, ``max_model_len`` and ``eos_token_ids`` are the model's; ``num_blocks`` is the pool's size.
+
+    ``has_position_classes``: the runner's (see `engine.Runner`).
+    """
 
     def __init__(
         self,
@@ -101,8 +104,10 @@ class Scheduler:
         max_model_len: int,
         vocab_size: int,
         eos_token_ids: frozenset[int] = frozenset(),
+        has_position_classes: bool = False,
     ) -> None:
         self.config = config
+        self.has_position_classes = has_position_classes
         self.block_size = config.block_size
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
@@ -537,7 +542,10 @@ class Scheduler:
         while len(hashes) < num_blocks:
             parent = hashes[-1] if hashes else root_hash(sequence.request.cache_salt)
             start = len(hashes) * size
-            hashes.append(hash_block(parent, sequence.token_ids[start : start + size]))
+            num_prompt = None
+            if self.has_position_classes and start + size > sequence.num_prompt_tokens:
+                num_prompt = max(0, sequence.num_prompt_tokens - start)
+            hashes.append(hash_block(parent, sequence.token_ids[start : start + size], num_prompt))
 
     def _register_full_blocks(self, sequence: Sequence, num_computed: int) -> None:
         num_full = min(num_computed, len(sequence.token_ids)) // self.block_size

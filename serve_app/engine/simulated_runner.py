@@ -44,6 +44,8 @@ class VirtualClock:
 class SimulatedRunner:
     """``script`` chooses the tokens (by default a digest of the prefix does). ``sleep`` spends a step's cost."""
 
+    has_position_classes = False
+
     def __init__(
         self,
         *,

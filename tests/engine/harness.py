@@ -64,6 +64,7 @@ def make_scheduler(
     max_num_seqs: int = 4,
     max_num_batched_tokens: int = 8,
     enable_prefix_caching: bool = False,
+    has_position_classes: bool = False,
 ) -> Scheduler:
     config = EngineConfig(
         block_size=block_size,
@@ -77,6 +78,7 @@ def make_scheduler(
         max_model_len=max_model_len,
         vocab_size=VOCAB_SIZE,
         eos_token_ids=frozenset({EOS}),
+        has_position_classes=has_position_classes,
     )
 
 

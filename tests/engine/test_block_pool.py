@@ -59,6 +59,9 @@ def test_a_hash_names_the_whole_prefix_and_the_tenant() -> None:
     assert hash_block(root, [7, 8, 9]) == first
     assert hash_block(first, [7, 8, 9]) != first
     assert hash_block(root, [7, 8]) != hash_block(root, [7, 8, 0])
+    tagged = [hash_block(root, [7, 8, 9], num_prompt) for num_prompt in (None, 0, 1, 2)]
+    assert len({*tagged}) == 4
+    assert tagged[0] == first
     assert len({root_hash(""), root_hash("a"), root_hash("b"), root_hash("\udc80")}) == 4
 
 

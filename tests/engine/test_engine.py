@@ -11,7 +11,7 @@ import pytest
 from serve_app.engine.request import FinishReason, GenerateRequest, TokenOutput
 from serve_app.engine.scheduler import Key, SchedulerOutput
 from serve_app.engine.simulated_runner import SimulatedRunner, SimulatedStep
-from serve_app.errors import InvalidPromptError, StepFailedError
+from serve_app.errors import DeviceLostError, InvalidPromptError, StepFailedError
 from tests.engine.harness import FaultyRunner, Watched, expected_tokens, make_request
 
 both_ways = pytest.mark.parametrize("steps_in_flight", [1, 2], ids=["one step in flight", "two steps in flight"])
@@ -146,6 +146,39 @@ def test_an_error_of_the_family_reaches_the_client_as_it_is() -> None:
     watched.add(make_request("a", 3))
     watched.run()
     assert (watched.ends["a", 0].error, watched.ends["a", 0].error_code) == ("logits are not finite", "step_failed")
+
+
+@both_ways
+@pytest.mark.parametrize("where", ["launch", "read", "read again"])
+def test_a_lost_device_ends_the_engine_and_refuses_nobody(where: str, steps_in_flight: int) -> None:
+    """Each request would be refused one by one, and so would all that come: better that the replica dies.
+
+    "read again": a step fails, and the device is found to be lost when the later step, or its sequences, are read.
+    """
+
+    class Lost(SimulatedRunner):
+        def launch(self, plan: SchedulerOutput) -> SimulatedStep:
+            if where == "launch" and self.num_steps == 2:
+                raise DeviceLostError("gone")
+            step = super().launch(plan)
+            reading = self.num_steps
+
+            def token_ids() -> list[int]:
+                if reading == 2 and where == "read again":
+                    raise RuntimeError("a kernel failed")
+                if reading > 2 or (reading == 2 and where == "read"):
+                    raise DeviceLostError("gone")
+                return SimulatedStep.token_ids(step)
+
+            step.token_ids = token_ids  # type: ignore[method-assign]
+            return step
+
+    watched = Watched(steps_in_flight=steps_in_flight, runner_class=Lost)
+    watched.add(make_request("a", 5))
+    watched.add(make_request("b", 6))
+    with pytest.raises(DeviceLostError, match="gone"):
+        watched.run()
+    assert watched.ends == {}
 
 
 def test_one_that_was_preempted_while_its_step_failed_is_not_refused() -> None:

@@ -76,7 +76,7 @@ def find_a_prefix_one_block_too_long(patch: Patch) -> None:
 
 
 def hash_without_the_parent(patch: Patch) -> None:
-    patch.setattr(scheduler_module, "hash_block", lambda parent, token_ids: hash_block(b"", token_ids))
+    patch.setattr(scheduler_module, "hash_block", lambda parent, token_ids, *tag: hash_block(b"", token_ids, *tag))
 
 
 def hash_without_the_salt(patch: Patch) -> None:
@@ -84,7 +84,9 @@ def hash_without_the_salt(patch: Patch) -> None:
 
 
 def hash_without_the_last_token(patch: Patch) -> None:
-    patch.setattr(scheduler_module, "hash_block", lambda parent, token_ids: hash_block(parent, token_ids[:-1]))
+    patch.setattr(
+        scheduler_module, "hash_block", lambda parent, token_ids, *tag: hash_block(parent, token_ids[:-1], *tag)
+    )
 
 
 # ---- scheduler: places and blocks --------------------------------------------------------------------------------

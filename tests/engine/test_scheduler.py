@@ -307,6 +307,46 @@ def test_who_may_find_a_prefix(change: dict[str, object], plan: str) -> None:
     assert finish(scheduler, make_request("b", range(10, 20), max_tokens=1, **change)) == plan  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("classes", [False, True], ids=["one class", "prompt and output classes"])
+def test_output_is_no_prompt_where_positions_have_classes(classes: bool) -> None:
+    """a  [ 10 11 12 13 ][ 14 15  7  7 ][ 7 7 7 7 ] 7      its own six, then what it sampled
+
+    The first block is prompt to anyone. The second holds two positions of each class, the third outputs alone.
+    """
+    scheduler = make_scheduler(enable_prefix_caching=True, max_num_batched_tokens=20, has_position_classes=classes)
+    prompt, output = tuple(range(10, 16)), (7,) * 7
+    finish(scheduler, make_request("a", prompt, max_tokens=7))
+    # The next turn of a chat, whose prompt repeats the answer.
+    turn = finish(scheduler, make_request("b", (*prompt, *output, 5), max_tokens=1))
+    assert turn == ("b[4:14]*" if classes else "b[12:14]*")
+    # The same request again, from an earlier attempt: its outputs are outputs here too.
+    again = make_request("c", prompt, outputs=[output], max_tokens=9)
+    assert finish(scheduler, again) == "c[12:13]*"
+    # The prompt ends a token earlier or later: the second block is another mix.
+    for name, split in (("d", 5), ("e", 7)):
+        known = (*prompt, *output)
+        other = make_request(name, known[:split], outputs=[known[split:]], max_tokens=20)
+        assert finish(scheduler, other) == (f"{name}[4:13]*" if classes else f"{name}[12:13]*")
+
+
+def test_what_a_preempted_sequence_computed_is_its_own_with_or_without_classes() -> None:
+    runs: list[tuple[list[str], int]] = []
+    for caching, classes in ((False, False), (True, False), (True, True)):
+        scheduler = make_scheduler(
+            enable_prefix_caching=caching, max_num_batched_tokens=20, num_blocks=6, has_position_classes=classes
+        )
+        scheduler.add(make_request("a", 6, max_tokens=12))
+        scheduler.add(make_request("b", 6, max_tokens=12))
+        plans: list[str] = []
+        while scheduler.has_work:
+            plans.append(step(scheduler))
+        assert scheduler.num_preemptions > 0
+        runs.append((plans, scheduler.num_recomputed_tokens))
+    (_, all_again), one_class, two_classes = runs
+    assert one_class == two_classes
+    assert one_class[1] < all_again
+
+
 def test_without_prefix_caching_nothing_is_looked_up() -> None:
     scheduler = make_scheduler(enable_prefix_caching=False)
     finish(scheduler, make_request("a", range(10, 18), max_tokens=1))
