@@ -20,6 +20,7 @@ from serve_app.models.decoder_config import DecoderConfig, load_model_config
 from serve_app.models.weights import DummyWeights, WeightLoader, weights_fingerprint
 from serve_app.runner.cpu_device import CpuDevice
 from serve_app.runner.device import Device
+from serve_app.runner.gpu import find_gpu
 from serve_app.runner.kv_cache import describe
 
 logger = get_logger(__name__)
@@ -98,7 +99,7 @@ class ModelRunner:
             source: DummyWeights | WeightLoader = DummyWeights(self.config.seed)
         else:
             source = WeightLoader(self.directory, tie_word_embeddings=config.tie_word_embeddings)
-        return Decoder(config, source, self.ops, dtype, self.max_model_len)
+        return Decoder(config, source, self.ops, dtype, self.max_model_len, self.device.torch_device)
 
     def _fingerprint(self) -> str:
         weights = weights_fingerprint(self.directory) if self.load_format != "dummy" else f"dummy {self.config.seed}"
@@ -115,9 +116,12 @@ class ModelRunner:
 
 def make_device(name: str, config: EngineConfig, model_config: DecoderConfig, max_model_len: int) -> Device:
     """The one place that chooses."""
-    if name == "cuda":
-        raise ConfigurationError("device is 'cuda'; the GPU path is not built yet")
-    return CpuDevice(config, model_config, max_model_len)
+    gpu = find_gpu(name)
+    if gpu is None:
+        return CpuDevice(config, model_config, max_model_len)
+    from serve_app.runner.cuda_device import CudaDevice  # Triton: a CPU needs none of it
+
+    return CudaDevice(config, model_config, max_model_len, gpu)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

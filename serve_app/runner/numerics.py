@@ -193,9 +193,18 @@ def _attention_is_invariant(
     return torch.equal(whole, chunked) and torch.equal(decodes, whole[[length - 1, 99, 0]])
 
 
-def fingerprint(parts: dict[str, object]) -> str:
-    """Engines with equal fingerprints promise equal bits in deterministic mode. ``parts``: whatever decides them."""
-    machine = {
+def fingerprint(parts: dict[str, object], machine: dict[str, object] | None = None) -> str:
+    """Engines with equal fingerprints promise equal bits in deterministic mode. ``parts``: whatever decides them.
+
+    ``machine``: what computes; by default this machine's processor and what is compiled for it.
+    """
+    text = json.dumps({**(cpu_machine() if machine is None else machine), **parts}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def cpu_machine() -> dict[str, object]:
+    """What decides the bits of a CPU's kernels."""
+    return {
         "processor": _processor_name(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "amx": has_amx(),
@@ -204,8 +213,21 @@ def fingerprint(parts: dict[str, object]) -> str:
         "llvmlite": _version("llvmlite"),
         "threads": torch.get_num_threads(),
     }
-    text = json.dumps({**machine, **parts}, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def gpu_machine(name: str, capability: tuple[int, int]) -> dict[str, object]:
+    """What decides the bits of the Triton kernels: the GPU, who compiles them, and all of kernels/, tile shapes included."""
+    sources = hashlib.sha256()
+    for path in sorted((Path(__file__).parent.parent / "kernels").glob("*.py")):
+        sources.update(path.name.encode() + b"\0" + path.read_bytes())
+    return {
+        "gpu": name,
+        "capability": capability,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": _version("triton"),
+        "kernels": sources.hexdigest(),
+    }
 
 
 def _processor_name() -> str:
