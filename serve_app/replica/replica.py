@@ -76,6 +76,9 @@ class Replica:
             async for message in messages:
                 yield message
 
+    async def ping(self) -> None:
+        """The process lives: see RayTransport."""
+
     # ---- Ray Serve's hooks ---------------------------------------------------------------------------------------
 
     async def check_health(self) -> None:

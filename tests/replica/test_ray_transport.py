@@ -92,6 +92,19 @@ class HubReplica:
         async for message in self.hub.outputs(channel_id, after):
             yield message
 
+    async def ping(self) -> None:
+        self.num_pings = getattr(self, "num_pings", 0) + 1
+
+    async def pings(self) -> int:
+        return getattr(self, "num_pings", 0)
+
+    async def length(self, data: bytes) -> int:
+        return len(data)
+
+    async def zeros(self, sizes: list[int]) -> AsyncGenerator[bytes, None]:
+        for size in sizes:
+            yield bytes(size)
+
     async def fail(self, how: str) -> None:
         if how == "cancelled":
             raise asyncio.CancelledError
@@ -145,6 +158,46 @@ def test_calls_reach_the_replica_they_name(handle: Any) -> None:
             await transport.call("nobody", "who")
         with pytest.raises(ReplicaLostError, match="nobody"):
             await anext(transport.stream("nobody", "outputs", 0, 0))
+
+    asyncio.run(test())
+
+
+def test_what_is_too_large_for_grpc_goes_over_ray(handle: Any) -> None:
+    """4 MiB is its default. A stream breaks there, and is opened again by the channel from the last message it has."""
+    large = 5 << 20
+
+    async def test() -> None:
+        transport = RayTransport(handle)
+        replica_id = replica_ids()[0]
+        assert await transport.call(replica_id, "length", bytes(large)) == large
+        sizes = [len(item) async for item in transport.stream(replica_id, "zeros", [3, 1 << 20])]
+        assert sizes == [3, 1 << 20]
+        stream = transport.stream(replica_id, "zeros", [3, large, 4])
+        assert len(await anext(stream)) == 3
+        with pytest.raises(ReplicaUnreachableError, match="larger than max"):
+            await anext(stream)
+        assert [len(item) async for item in transport.stream(replica_id, "zeros", [large, 4])] == [large, 4]
+        # Once: the next stream tries gRPC again.
+        with pytest.raises(ReplicaUnreachableError):
+            await anext(transport.stream(replica_id, "zeros", [large]))
+
+    asyncio.run(test())
+
+
+def test_a_broken_connection_is_judged_by_asking_the_actor(handle: Any) -> None:
+    """gRPC says the same of a dead replica and of a lost connection; the kill is the last test's."""
+
+    async def test() -> None:
+        transport = RayTransport(handle)
+        first = replica_ids()[0]
+        unreachable = ReplicaUnreachableError("planted")
+        before = await transport.call(first, "pings")
+        assert await transport._judged(unreachable, first) is unreachable
+        assert await transport.call(first, "pings") == before + 1
+        assert isinstance(await transport._judged(unreachable, "nobody"), ReplicaLostError)
+        other = KeyError("not asked about")
+        assert await transport._judged(other, first) is other
+        assert await transport.call(first, "pings") == before + 1
 
     asyncio.run(test())
 
