@@ -23,8 +23,8 @@ import torch
 import triton
 import triton.language as tl
 
-_TILE = 2048
-"""Elements of a program's tile, at most, where heads are no larger."""
+_TILE = 1024
+"""Elements of a program's heads, at most, where one head is no larger."""
 
 
 @triton.jit
@@ -177,12 +177,13 @@ def qk_norm_rope_write(
 def tile_of(num_heads: int, num_kv_heads: int, head_dim: int) -> tuple[int, int, int, int]:
     """(half a head, padded; q heads of a program; kv heads of a program; warps).
 
+    8 elements of each half a thread, so 128 bits in a 16-bit type.
+
     >>> tile_of(32, 8, 128), tile_of(14, 2, 64), tile_of(7, 1, 96)
-    ((64, 16, 8, 4), (32, 16, 2, 2), (64, 8, 1, 2))
+    ((64, 8, 8, 2), (32, 16, 2, 2), (64, 8, 1, 2))
     """
     half = triton.next_power_of_2(head_dim // 2)
     most = max(1, _TILE // (2 * half))
     heads = min(triton.next_power_of_2(num_heads), most)
-    # k and v of a head lie in registers at once.
-    kv_heads = min(triton.next_power_of_2(num_kv_heads), max(1, most // 2))
-    return half, heads, kv_heads, max(1, min(heads * half * 2 // 512, 4))
+    kv_heads = min(triton.next_power_of_2(num_kv_heads), most)
+    return half, heads, kv_heads, max(1, max(heads, kv_heads) * half // 256)

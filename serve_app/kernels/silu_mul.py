@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 _TILE = 2048
-_NUM_WARPS = 4
+NUM_WARPS = 4
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -40,7 +40,7 @@ def silu_mul(gate_up_N2F: torch.Tensor) -> torch.Tensor:
     if num_rows:
         rows, block = tile_of(width // 2)
         grid = (triton.cdiv(num_rows, rows), triton.cdiv(width // 2, block))
-        silu_mul_kernel[grid](gate_up_N2F, out, num_rows, F=width // 2, ROWS=rows, BLOCK=block, num_warps=_NUM_WARPS)
+        silu_mul_kernel[grid](gate_up_N2F, out, num_rows, F=width // 2, ROWS=rows, BLOCK=block, num_warps=NUM_WARPS)
     return out
 
 
