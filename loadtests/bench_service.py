@@ -226,16 +226,16 @@ def load(server: Server, model: str, requests: list[tuple[Any, int, float]], con
 
 
 def make_tokenizer(directory: Path, vocab_size: int) -> None:
-    """A vocabulary of ``vocab_size`` made-up words, so that every token of a random model is a text."""
+    """A byte-level vocabulary (as Llama 3 and Qwen have) of ``vocab_size`` made-up words, so that every token of a random
+    model is a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    words = {f"w{i}": i for i in range(vocab_size - 1)} | {"<unk>": vocab_size - 1}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.decoder = decoders.Fuse()
+    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(f"\u0120w{i}" for i in range(vocab_size))][:vocab_size]
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(directory / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
 
 
 # --------------------------------------------------------------------------------------------------------------- parts

@@ -28,7 +28,7 @@ from typing import Any
 
 from serve_app.api.protocol import ChatCompletionRequest, CompletionRequest, EncodedPrompt
 from serve_app.engine.request import FinishReason, TokenLogprobs, TokenOutput
-from serve_app.text.detokenizer import REPLACEMENT, IncrementalDetokenizer
+from serve_app.text.detokenizer import Detokenizer, make_detokenizer
 from serve_app.text.text_stream import TextDelta
 from serve_app.text.tokenizer import Tokenizer
 
@@ -73,25 +73,11 @@ class TokenTexts:
         return self.tokenizer.decode([token_id], skip_special_tokens=False)
 
     def _read_utf8(self, token_id: int) -> bytes:
-        text, token = self.text(token_id), self.tokenizer.id_to_token(token_id) or ""
+        if self.tokenizer.is_byte_level:
+            return self.tokenizer.token_bytes(token_id)
         if token_id in self.tokenizer.byte_fallback_ids:
-            return bytes([int(token[3:5], 16)])  # "<0xE6>"
-        if REPLACEMENT in text and all(character in _BYTE_OF for character in token):
-            # Byte-level vocabularies spell a byte as a character. It is one of them if the bytes read as the text does.
-            raw = bytes(_BYTE_OF[character] for character in token)
-            if raw.decode("utf-8", errors="replace") == text:
-                return raw
-        return text.encode("utf-8")
-
-
-def _bytes_of_characters() -> dict[str, int]:
-    """GPT-2's spelling of bytes (bytes_to_unicode in its encoder.py): what prints is itself, the rest is U+0100 on."""
-    printing = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printing]
-    return {chr(byte): byte for byte in printing} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_OF = _bytes_of_characters()
+            return bytes([int((self.tokenizer.id_to_token(token_id) or "")[3:5], 16)])  # "<0xE6>"
+        return self.text(token_id).encode("utf-8")
 
 
 # ---- the two formats -------------------------------------------------------------------------------------------------
@@ -218,7 +204,7 @@ class _Choice:
         self.before = ""
         """JSON around a plain delta of text; empty while an event must be made in full."""
         self.behind = ""
-        self.offsets: IncrementalDetokenizer | None = None
+        self.offsets: Detokenizer | None = None
         """Counts characters, where logprobs say where each token begins."""
         self.num_chars = 0
         # A whole answer collects:
@@ -325,14 +311,14 @@ class Answer:
                 num_chars = len(self._prompt_text(prompt))
                 shown_ids = [*prompt.token_ids, *token_ids]
                 entries = [*(output.prompt_logprobs or [None] * len(prompt.token_ids)), *entries]
-                reader = IncrementalDetokenizer(tokenizer, (), skip)
+                reader = make_detokenizer(tokenizer, (), skip)
                 for token_id in prompt.token_ids:
                     offsets.append(min(choice.num_chars, num_chars))
                     choice.num_chars += len(reader.push((token_id,)))
                 choice.num_chars = num_chars
             if choice.offsets is None:
                 goes_on = prompt.text is not None or self._echo
-                choice.offsets = IncrementalDetokenizer(tokenizer, prompt.token_ids if goes_on else (), skip)
+                choice.offsets = make_detokenizer(tokenizer, prompt.token_ids if goes_on else (), skip)
             for token_id in token_ids:
                 offsets.append(choice.num_chars)
                 choice.num_chars += len(choice.offsets.push((token_id,)))

@@ -1,9 +1,12 @@
-"""IncrementalDetokenizer: the text of a growing list of token ids. Knows tokens and characters; knows no request.
+"""Detokenizers: the text of a growing list of token ids. Know tokens and characters; know no request.
 
 The sum of all that is given out equals decoding everything in one go, and what was given out never changes. Neither the
 ``DecodeStream`` of the `tokenizers` package nor a plain prefix comparison holds that: with byte fallback a stray byte
 turns the *whole* run of byte tokens around it into U+FFFD, also the characters that looked whole before. (DecodeStream
 raises "Invalid prefix encountered" there, and has no end of stream that gives out a half character.)
+
+ByteDetokenizer     where a token is its bytes and nothing around it matters (Llama 3, Qwen, GPT-2): UTF-8, byte by byte
+WindowDetokenizer   all others
 
 The idea of a short window of tokens, decoded again for each new one, is that of Hugging Face text-generation-inference
 (``prefix_offset`` and ``read_offset``) and of vLLM's detokenizer.
@@ -15,7 +18,9 @@ The idea of a short window of tokens, decoded again for each new one, is that of
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from serve_app.text.tokenizer import Tokenizer
 
@@ -29,13 +34,49 @@ MAX_WINDOW_TOKENS = 6
 REPLACEMENT = "\ufffd"
 
 
-class IncrementalDetokenizer:
-    """Turns the token ids of one choice into text.
+class Detokenizer(Protocol):
+    """Turns the token ids of one choice into text."""
 
-    Without a prompt the text is that of the output alone: ``tokenizer.decode(output)``. With ``prompt_token_ids`` the
+    def push(self, token_ids: Iterable[int]) -> str:
+        """Takes the next tokens and returns the text that became final: it never changes, whatever comes after."""
+        ...
+
+    def flush(self) -> str:
+        """Ends the text: returns what was still held back, an unfinished character as U+FFFD."""
+        ...
+
+
+def make_detokenizer(
+    tokenizer: Tokenizer, prompt_token_ids: Sequence[int] = (), skip_special_tokens: bool = True
+) -> Detokenizer:
+    """Without a prompt the text is that of the output alone: ``tokenizer.decode(output)``. With ``prompt_token_ids`` the
     output is read as going on from the prompt: ``decode(prompt + output)`` without what it has in common with
     ``decode(prompt)``. The difference is the space before a first word, which sentencepiece drops at the start of a text:
     a completion wants it kept, a chat answer does not.
+    """
+    if tokenizer.is_byte_level and not _ends_inside_character(tokenizer, prompt_token_ids, skip_special_tokens):
+        return ByteDetokenizer(tokenizer, skip_special_tokens)
+    return WindowDetokenizer(tokenizer, prompt_token_ids, skip_special_tokens)
+
+
+class ByteDetokenizer:
+    """See `make_detokenizer`. Held back: a character that may become whole. Cost per token: its bytes."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        self._token_bytes = tokenizer.token_bytes
+        self._skipped_ids = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
+
+    def push(self, token_ids: Iterable[int]) -> str:
+        skipped, token_bytes = self._skipped_ids, self._token_bytes
+        return self._decode(b"".join([token_bytes(i) for i in token_ids if i not in skipped]))
+
+    def flush(self) -> str:
+        return self._decode(b"", True)
+
+
+class WindowDetokenizer:
+    """See `make_detokenizer`.
 
     Held back: the last character while it may be incomplete, and byte-fallback tokens until the run of them has ended,
     because only the next token tells whether they were characters. Cost per token: O(1) amortised.
@@ -52,7 +93,6 @@ class IncrementalDetokenizer:
         """The beginning of the window's text that has been given out, or belongs to the prompt."""
 
     def push(self, token_ids: Iterable[int]) -> str:
-        """Takes the next tokens and returns the text that became final: it never changes, whatever comes after."""
         pieces = []
         for token_id in token_ids:
             if self._makes_text(token_id):
@@ -62,7 +102,6 @@ class IncrementalDetokenizer:
         return "".join(pieces)
 
     def flush(self) -> str:
-        """Ends the text: returns what was still held back, an unfinished character as U+FFFD."""
         return self._give_out(self._decode())
 
     def _advance(self) -> str:
@@ -113,6 +152,19 @@ class IncrementalDetokenizer:
                 break
             tail.append(token_id)
         return tail[::-1]
+
+
+def _ends_inside_character(tokenizer: Tokenizer, token_ids: Sequence[int], skip_special_tokens: bool) -> bool:
+    """Whether the next bytes may still change the last character of a byte-level text."""
+    tail = b""
+    for token_id in reversed(token_ids):
+        if not (skip_special_tokens and token_id in tokenizer.special_ids):
+            tail = tokenizer.token_bytes(token_id) + tail
+        if len(tail) >= 4:  # as long as a character can be
+            break
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    decoder.decode(tail)
+    return bool(decoder.getstate()[0])
 
 
 def _num_common(a: str, b: str) -> int:

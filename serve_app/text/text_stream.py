@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from serve_app.engine.request import FinishReason, SamplingParams
-from serve_app.text.detokenizer import IncrementalDetokenizer
+from serve_app.text.detokenizer import make_detokenizer
 from serve_app.text.stop_strings import StopStrings
 from serve_app.text.tokenizer import Tokenizer
 
@@ -39,7 +39,7 @@ class TextStream:
     ``output_token_ids`` are tokens that an earlier stream has shown already: a stream made from them goes on where the
     other one stood, including what that one held back. If the stop string is already among them, it is finished.
 
-    ``prompt_token_ids``: give the prompt for a completion and nothing for a chat (see IncrementalDetokenizer).
+    ``prompt_token_ids``: give the prompt for a completion and nothing for a chat (see `make_detokenizer`).
 
     ``min_tokens`` as in vLLM: a stop string counts only if a token after the first ``min_tokens`` completes it. (A
     byte-fallback run gives its text with the token that ends the run, so that one is taken as completing it.)
@@ -52,7 +52,7 @@ class TextStream:
         prompt_token_ids: Sequence[int] = (),
         output_token_ids: Sequence[int] = (),
     ) -> None:
-        self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_token_ids, sampling.skip_special_tokens)
+        self._detokenizer = make_detokenizer(tokenizer, prompt_token_ids, sampling.skip_special_tokens)
         self._stop_strings = StopStrings(sampling.stop, sampling.include_stop_str_in_output)
         self._min_tokens = sampling.min_tokens
         self._show_stop_token = sampling.include_stop_str_in_output

@@ -52,6 +52,9 @@ class Tokenizer:
         """Ids that skip_special_tokens leaves out."""
         self.byte_fallback_ids: frozenset[int] = frozenset(_byte_fallback_ids(backend))
         """Ids that stand for one raw byte ("<0x0A>"), where the decoder joins such bytes to characters."""
+        self.is_byte_level = _decoder_steps(backend) == ["ByteLevel"]
+        """decode joins the bytes of the tokens, and nothing else: see `token_bytes`."""
+        self._token_bytes: dict[int, bytes] = {}
 
     @classmethod
     def from_directory(cls, path: str | Path) -> Tokenizer:
@@ -111,6 +114,17 @@ class Tokenizer:
         token: str | None = self._backend.id_to_token(token_id)
         return token
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of a token, empty for an id that names none. Only where `is_byte_level`."""
+        found = self._token_bytes.get(token_id)
+        if found is None:
+            token = self.id_to_token(token_id) or ""
+            spelled = [_BYTE_OF.get(character) for character in token]
+            # An added token that holds another character stands for itself, as in the decoder of `tokenizers`.
+            found = token.encode() if None in spelled else bytes(spelled)  # type: ignore[arg-type]
+            self._token_bytes[token_id] = found
+        return found
+
     def token_to_id(self, token: str) -> int | None:
         token_id: int | None = self._backend.token_to_id(token)
         return token_id
@@ -161,10 +175,23 @@ def check_unicode(text: str) -> None:
         ) from error
 
 
-def _byte_fallback_ids(backend: tokenizers.Tokenizer) -> list[int]:
+def _bytes_of_characters() -> dict[str, int]:
+    """GPT-2's spelling of bytes (bytes_to_unicode in its encoder.py): what prints is itself, the rest is U+0100 on."""
+    printing = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printing]
+    return {chr(byte): byte for byte in printing} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _bytes_of_characters()
+
+
+def _decoder_steps(backend: tokenizers.Tokenizer) -> list[str]:
     decoder = json.loads(backend.to_str())["decoder"] or {}
-    steps = decoder.get("decoders", [decoder])
-    if not any(step.get("type") == "ByteFallback" for step in steps):
+    return [step.get("type", "") for step in decoder.get("decoders", [decoder])]
+
+
+def _byte_fallback_ids(backend: tokenizers.Tokenizer) -> list[int]:
+    if "ByteFallback" not in _decoder_steps(backend):
         return []
     ids = (backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
     return [token_id for token_id in ids if token_id is not None]

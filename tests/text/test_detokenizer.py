@@ -7,13 +7,19 @@ import random
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from serve_app.text.detokenizer import MAX_WINDOW_TOKENS, REPLACEMENT, IncrementalDetokenizer
+from serve_app.text.detokenizer import (
+    MAX_WINDOW_TOKENS,
+    REPLACEMENT,
+    ByteDetokenizer,
+    WindowDetokenizer,
+    make_detokenizer,
+)
 from serve_app.text.tokenizer import Tokenizer
 from tests.text.tokenizers_made import MAKERS, PLAIN_ADDED, TEXTS, byte_ids, made, some_ids
 
 
 def run(tokenizer: Tokenizer, ids: list[int], prompt: list[int] | None = None, skip: bool = True) -> list[str]:
-    detokenizer = IncrementalDetokenizer(tokenizer, prompt or (), skip)
+    detokenizer = make_detokenizer(tokenizer, prompt or (), skip)
     return [*(detokenizer.push([token_id]) for token_id in ids), detokenizer.flush()]
 
 
@@ -28,7 +34,7 @@ def test_pushes_add_up_to_decode(kind: str, data: st.DataObject) -> None:
 
     borders = sorted(data.draw(st.sets(st.integers(0, len(ids)), max_size=4)))
     groups = [ids[a:b] for a, b in zip([0, *borders], [*borders, len(ids)], strict=True)]
-    detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=skip)
+    detokenizer = make_detokenizer(tokenizer, skip_special_tokens=skip)
     text = "".join([*(detokenizer.push(group) for group in groups), detokenizer.flush()])
     assert text == tokenizer.decode(ids, skip_special_tokens=skip)
 
@@ -78,12 +84,13 @@ def test_the_end_of_a_text_may_be_half_a_character() -> None:
 def test_only_one_character_of_a_hopeless_run_is_held_back() -> None:
     """A run of bytes that never becomes text must neither pile up nor be decoded again and again."""
     tokenizer = made("byte_level_bpe")
-    detokenizer = IncrementalDetokenizer(tokenizer)
+    window, exact = WindowDetokenizer(tokenizer), ByteDetokenizer(tokenizer)
     ids = byte_ids(tokenizer, b"\x80" * 1000)
     for i, token_id in enumerate(ids):
-        assert detokenizer.push([token_id]) == ("" if i == 0 else REPLACEMENT)
-        assert len(detokenizer._window) <= MAX_WINDOW_TOKENS
-    assert detokenizer.flush() == REPLACEMENT
+        assert window.push([token_id]) == ("" if i == 0 else REPLACEMENT)
+        assert exact.push([token_id]) == REPLACEMENT  # which no further byte can change
+    assert len(window._window) <= MAX_WINDOW_TOKENS
+    assert (window.flush(), exact.flush()) == (REPLACEMENT, "")
 
 
 @pytest.mark.parametrize("kind", ["byte_level_bpe", "metaspace_bpe"])
@@ -102,9 +109,11 @@ def test_cost_per_token_does_not_grow(kind: str, monkeypatch: pytest.MonkeyPatch
     junk = byte_ids(tokenizer, random.Random(1).randbytes(2000))
     word = tokenizer.encode("fox", add_special_tokens=False)
     monkeypatch.setattr(Tokenizer, "decode", counting)
+    # A byte-level vocabulary too can reach the window: a prompt that ends inside a character.
+    half = byte_ids(tokenizer, "€".encode()[:1]) if kind == "byte_level_bpe" else []
     for ids in (text * 4, junk, junk + word + junk + word * 20):
         decoded = 0
-        run(tokenizer, ids)
+        run(tokenizer, ids, prompt=half)
         assert 0 < decoded <= 3 * MAX_WINDOW_TOKENS * len(ids)
 
 
@@ -151,3 +160,23 @@ def test_a_prompt_that_ends_inside_a_character() -> None:
     euro = byte_ids(byte_fallback, "€".encode())
     the = byte_fallback.token_to_id("▁the") or 0
     assert "".join(run(byte_fallback, [*euro[2:], the], prompt=[the, *euro[:2]])) == "€ the"
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_bytes_are_read_as_bytes_where_a_token_is_nothing_else(kind: str) -> None:
+    tokenizer = made(kind)
+    wanted = ByteDetokenizer if kind == "byte_level_bpe" else WindowDetokenizer
+    ids = tokenizer.encode("the fox")
+    assert type(make_detokenizer(tokenizer)) is wanted
+    assert type(make_detokenizer(tokenizer, ids)) is wanted
+    if kind == "byte_level_bpe":
+        assert type(make_detokenizer(tokenizer, [*ids, *byte_ids(tokenizer, "€".encode()[:2])])) is WindowDetokenizer
+        assert type(make_detokenizer(tokenizer, [*ids, *byte_ids(tokenizer, b"\xff")])) is wanted
+
+
+def test_the_bytes_of_every_token_are_what_decode_makes_of_them() -> None:
+    tokenizer = made("byte_level_bpe")
+    assert len([i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i)]) > 300
+    for i in range(tokenizer.vocab_size + 2):
+        text = tokenizer.decode([i], skip_special_tokens=False)
+        assert tokenizer.token_bytes(i).decode(errors="replace") == text
