@@ -42,10 +42,11 @@ def make_runner(
     num_kv_blocks: int | None = 100,
     num_threads: int = 1,
     load_format: str = "auto",
+    device: str = "cpu",
     **engine_options: Any,
 ) -> ModelRunner:
     config = EngineConfig(num_kv_blocks=num_kv_blocks, num_threads=num_threads, **engine_options)
-    return ModelRunner(directory, config, dtype=dtype, load_format=load_format)
+    return ModelRunner(directory, config, dtype=dtype, device=device, load_format=load_format)
 
 
 def make_engine(runner: ModelRunner, *, num_kv_blocks: int | None = None, **changes: Any) -> Engine:

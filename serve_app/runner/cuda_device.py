@@ -163,7 +163,7 @@ class CudaDevice:
     def get_ready(self, model: Decoder, cache: KVCache) -> None:
         started = time.perf_counter()
         config = self.config
-        self.sampler.warm_up(model.embedding_VE.dtype)
+        self.sampler.warm_up(model.head(model.embedding_VE[:1]))
         for spans in variants(config.max_num_batched_tokens, config.max_num_seqs, self.max_model_len):
             for samples in (True, False):
                 self._rehearse(pretend(spans, config.block_size, samples=samples))

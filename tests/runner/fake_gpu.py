@@ -151,7 +151,8 @@ class GreedySampler:
         assert len(token_ids) <= self.max_num_seqs
         return _PendingLogprobs(token_logprobs(logits_NV, token_ids, num_top))
 
-    def warm_up(self, dtype: torch.dtype) -> None: ...
+    def warm_up(self, logits_SV: torch.Tensor) -> None:
+        assert len(logits_SV) == 1
 
     def state_bytes(self) -> int:
         return 0
