@@ -15,11 +15,14 @@ behind the Gumbel argmax, log(w_i) - log(E_i), without its outer logarithm, so t
 E_i comes from Philox-4x32-10 (see runner/random_numbers.py): key = the seed's halves, counter = (position, choice,
 token // 4, 1), word token % 4.
 
-The cut. Floats order as 32-bit keys, so the least key that is kept is found bit by bit, from sums over the row: how
-many tokens, or how much mass, is at that key or above. Mass is exp((logit - best) / temperature) in units of 2**-40, as
+The cut. Floats order as 32-bit keys, so the least key that is kept is found by halving an interval of them, from sums
+over the row: how many tokens, or how much mass, is at a key or above. Mass is exp((logit - best) / temperature) in units of 2**-40, as
 an integer: a sum has no order, and all of a vocabulary stays below 2**63. A histogram over the distance from the
 best logit first says which tokens can matter; where they fit, they are copied together and only they are searched.
 """
+
+# mypy: allow-incomplete-defs, allow-untyped-defs
+# (Triton reads the annotations of a kernel: only constants have one.)
 
 from __future__ import annotations
 
@@ -363,33 +366,50 @@ def _items(start, source, BLOCK: tl.constexpr, HAS_EDITS: tl.constexpr):
 
 @triton.jit
 def _search(count_wanted, mass_wanted, source, num_items, shape, BLOCK: tl.constexpr, HAS_EDITS: tl.constexpr):
-    """The largest key at or above which there are that many tokens and that much mass, from its highest bit down.
+    """The largest key of an item at or above which there are that many items and that much mass.
 
-    Returns it with the number of tokens above it, their mass, and the mass of each token at it. The last key
-    that was rejected is the next above the result.
+    Returns it with the number of items above it, their mass, and the mass of each item at it. The interval of keys is
+    halved; both ends are always keys of items, so as many rounds are needed as there are bits that tell items apart,
+    which are few where the candidates are.
     """
     best, inverse_temperature, min_p = shape
-    key = (count_wanted * 0).to(tl.uint32)
-    bit = key | 0x80000000
+    low, high = _least_and_largest(source, num_items, BLOCK, HAS_EDITS)
     count_above, mass_above = count_wanted * 0, mass_wanted * 0
-    for _ in range(32):
-        candidate = key | bit
+    while low < high:
+        middle = high - ((high - low) >> 1)
         count, mass = count_wanted * 0, mass_wanted * 0
+        next_low, next_high = high, low
         for start in range(0, num_items, BLOCK):
             b_logits, m_items, _ids = _items(start, source, BLOCK, HAS_EDITS)
-            m_items = m_items & (_keys(b_logits) >= candidate)
+            b_keys = _keys(b_logits)
+            m_above = m_items & (b_keys >= middle)
             b_mass = _mass(_weights(b_logits, best, inverse_temperature, min_p))
-            count += tl.sum(m_items.to(tl.int32))
-            mass += tl.sum(tl.where(m_items, b_mass, 0))
+            count += tl.sum(m_above.to(tl.int32))
+            mass += tl.sum(tl.where(m_above, b_mass, 0))
+            next_low = tl.minimum(next_low, tl.min(tl.where(m_above, b_keys, high)))
+            next_high = tl.maximum(next_high, tl.max(tl.where(m_items & (b_keys < middle), b_keys, low)))
         accepted = (count >= count_wanted) & (mass >= mass_wanted)
-        key = tl.where(accepted, candidate, key)
+        low = tl.where(accepted, next_low, low)
+        high = tl.where(accepted, high, next_high)
         count_above = tl.where(accepted, count_above, count)
         mass_above = tl.where(accepted, mass_above, mass)
-        bit = bit >> 1
-    # Back from the key to its logit, for the mass that each of its tokens has.
-    bits = tl.where((key >> 31) != 0, key & 0x7FFFFFFF, ~key)
+    # Back from the key to its logit, for the mass that each of its items has.
+    bits = tl.where((low >> 31) != 0, low & 0x7FFFFFFF, ~low)
     mass_each = _mass(_weights(bits.to(tl.float32, bitcast=True), best, inverse_temperature, min_p))
-    return key, count_above, mass_above, mass_each
+    return low, count_above, mass_above, mass_each
+
+
+@triton.jit
+def _least_and_largest(source, num_items, BLOCK: tl.constexpr, HAS_EDITS: tl.constexpr):
+    """The least and the largest key of the items."""
+    low = (num_items * 0).to(tl.uint32) | 0xFFFFFFFF
+    high = low * 0
+    for start in range(0, num_items, BLOCK):
+        b_logits, m_items, _ids = _items(start, source, BLOCK, HAS_EDITS)
+        b_keys = _keys(b_logits)
+        low = tl.minimum(low, tl.min(tl.where(m_items, b_keys, 0xFFFFFFFF)))
+        high = tl.maximum(high, tl.max(tl.where(m_items, b_keys, 0)))
+    return low, high
 
 
 @triton.jit

@@ -40,14 +40,6 @@ from serve_app.runner.sampler import MIN_TEMPERATURE, SampledTokens
 
 IntArray = npt.NDArray[np.int32]
 
-_FLOATS = {
-    Field.INVERSE_TEMPERATURE,
-    Field.MIN_P,
-    Field.REPETITION,
-    Field.FREQUENCY,
-    Field.PRESENCE,
-}
-
 
 @dataclass
 class SamplingPlan:
@@ -163,7 +155,14 @@ class DeviceSampler:
         self.max_num_seqs = max_num_seqs
         self.device = torch.device(device)
         self._scratch = kernels.Scratch(vocab_size, max_num_seqs, self.device)
-        self._slots: list[_Slot | None] = [None] * max_num_seqs
+        self._owners: list[Sequence | None] = [None] * max_num_seqs
+        """Whose parameters stand in each slot of the next four."""
+        self._packed = np.zeros((max_num_seqs, NUM_FIELDS), dtype=np.int32)
+        self._truncates = np.zeros(max_num_seqs, dtype=np.bool_)
+        self._asks = np.zeros(max_num_seqs, dtype=np.bool_)
+        self._may_edit = np.zeros(max_num_seqs, dtype=np.bool_)
+        self._num_counted: list[int | None] = [None] * max_num_seqs
+        """How many tokens the words of each slot count; None: they are not the owner's yet."""
         self._words: torch.Tensor | None = None
         """int32 [max_num_seqs, V] of `Word`; made when somebody first needs it, and the same holds for the others."""
         self._bias: torch.Tensor | None = None
@@ -189,82 +188,81 @@ class DeviceSampler:
 
         Raises StepFailedError naming the request for a token id beyond the vocabulary.
         """
-        num_rows = len(sequences) if num_rows is None else num_rows
-        assert len(sequences) <= num_rows <= self.max_num_seqs
-        masks = masks or {}
+        num_seqs = len(sequences)
+        num_rows = num_seqs if num_rows is None else num_rows
+        assert num_seqs <= num_rows <= self.max_num_seqs
         if positions is None:
             positions = [len(sequence.token_ids) for sequence in sequences]
+        slots = [sequence.slot for sequence in sequences]
+        assert len(set(slots)) == num_seqs, "two rows have one slot"
+        for slot, sequence in zip(slots, sequences, strict=True):
+            if self._owners[slot] is not sequence:
+                self._pack(slot, sequence)
         rows = np.zeros((num_rows, NUM_FIELDS), dtype=np.int32)
+        rows[:num_seqs] = self._packed[slots]
+        rows[:num_seqs, Field.POSITION] = positions
         rows[:, Field.SOURCE] = np.arange(num_rows)
         rows[:, Field.EDITED] = -1
         plan = SamplingPlan(list(sequences), rows)
-        self._pack_draws(plan, positions)
-        for row, (sequence, position) in enumerate(zip(sequences, positions, strict=True)):
+        plan.draws = bool((rows.view(np.float32)[:, Field.INVERSE_TEMPERATURE] > 0).any())
+        plan.truncates = bool(self._truncates[slots].any())
+        plan.asking = np.flatnonzero(self._asks[slots]).tolist()
+        masks = masks or {}
+        for row in sorted({*np.flatnonzero(self._may_edit[slots]).tolist(), *masks}):
+            sequence, position = sequences[row], positions[row]
             params = sequence.request.sampling
-            if params.logprobs is not None:
-                plan.asking.append(row)
             edits = _edits_of(params, position - sequence.num_prompt_tokens) | (Edit.MASK if row in masks else Edit(0))
             if edits:
-                self._pack_edits(plan, row, position, edits)
-        if masks and plan.edited:
+                rows[row, Field.EDITED] = len(plan.edited)
+                rows[row, Field.EDITS] = int(edits)
+                plan.edited.append(row)
+            if edits & (Edit.WORDS | Edit.BIAS):
+                self._fill_slot(sequence, position, edits)
+        if masks:
             plan.masks = np.ones((len(plan.edited), self.vocab_size), dtype=np.bool_)
             for row, mask in masks.items():
                 assert mask.shape == (self.vocab_size,) and mask.dtype == np.bool_
                 plan.masks[plan.edited.index(row)] = mask
         return plan
 
-    def _pack_draws(self, plan: SamplingPlan, positions: SequenceOf[int]) -> None:
-        """All rows at once: temperature, truncation and the key of the random numbers."""
-        num = len(plan.sequences)
-        samplings = [sequence.request.sampling for sequence in plan.sequences]
-        temperature = np.array([params.temperature for params in samplings], dtype=np.float64)
-        samples = temperature >= MIN_TEMPERATURE
-        plan.draws = bool(samples.any())
-        if not plan.draws:
-            return
-        words, floats = plan.rows[:num], plan.rows[:num].view(np.float32)
-        assert all(params.is_resolved for params in samplings)
-        assert all(params.seed is not None for params, drawn in zip(samplings, samples, strict=True) if drawn)
-        seeds = np.array([params.seed or 0 for params in samplings], dtype=np.uint64)
-        top_k = np.array([min(cast(int, params.top_k), 2**31 - 1) for params in samplings], dtype=np.int64)
-        top_k[(top_k < 0) | (top_k >= self.vocab_size)] = 0
-        top_p = np.array([params.top_p for params in samplings], dtype=np.float64)
-        words[:, Field.SEED_LOW : Field.SEED_HIGH + 1] = seeds.view(np.int32).reshape(num, 2)
-        words[:, Field.CHOICE] = [sequence.request.choice_index for sequence in plan.sequences]
-        words[:, Field.POSITION] = positions
-        floats[samples, Field.INVERSE_TEMPERATURE] = 1.0 / temperature[samples]
-        floats[:, Field.MIN_P] = [params.min_p for params in samplings]
-        words[:, Field.TOP_K] = top_k
-        words[:, Field.TOP_P_LOW : Field.TOP_P_HIGH + 1] = top_p.view(np.int32).reshape(num, 2)
-        plan.truncates = bool((samples & ((top_k > 0) | (top_p < 1.0))).any())
-
-    def _pack_edits(self, plan: SamplingPlan, row: int, position: int, edits: Edit) -> None:
-        sequence = plan.sequences[row]
+    def _pack(self, slot: int, sequence: Sequence) -> None:
+        """Put what no step changes into the slot's row."""
         params = sequence.request.sampling
-        words, floats = plan.rows[row], plan.rows[row].view(np.float32)
-        words[Field.EDITED] = len(plan.edited)
-        words[Field.SLOT] = sequence.slot
-        words[Field.EDITS] = int(edits)
+        temperature = cast(float, params.temperature)
+        top_k, top_p = cast(int, params.top_k), cast(float, params.top_p)
+        samples = temperature >= MIN_TEMPERATURE
+        assert params.is_resolved and (params.seed is not None or not samples)
+        words = self._packed[slot]
+        floats = words.view(np.float32)
+        words[Field.SEED_LOW : Field.SEED_HIGH + 1] = np.array([params.seed or 0], dtype=np.uint64).view(np.int32)
+        words[Field.CHOICE] = sequence.request.choice_index
+        floats[Field.INVERSE_TEMPERATURE] = 1.0 / temperature if samples else 0.0
+        floats[Field.MIN_P] = params.min_p
+        words[Field.TOP_K] = top_k = top_k if 0 < top_k < self.vocab_size else 0
+        words[Field.TOP_P_LOW : Field.TOP_P_HIGH + 1] = np.array([top_p], dtype=np.float64).view(np.int32)
+        words[Field.SLOT] = slot
         floats[Field.REPETITION] = params.repetition_penalty
         floats[Field.FREQUENCY] = params.frequency_penalty
         floats[Field.PRESENCE] = params.presence_penalty
-        plan.edited.append(row)
-        if edits & (Edit.WORDS | Edit.BIAS):
-            self._fill_slot(sequence, position, edits)
+        self._truncates[slot] = samples and (top_k > 0 or top_p < 1.0)
+        self._asks[slot] = params.logprobs is not None
+        self._may_edit[slot] = bool(_edits_of(params, -1))
+        self._owners[slot] = sequence
+        self._num_counted[slot] = None
 
     def _fill_slot(self, sequence: Sequence, position: int, edits: Edit) -> None:
         """Make the slot's words those of the sequence with ``position`` tokens counted, unless they are."""
-        slot = self._slots[sequence.slot]
-        counts = bool(edits & Edit.PENALTIES)
-        if slot is None or slot.sequence is not sequence or (counts and slot.num_counted != position):
-            self._slots[sequence.slot] = None
+        slot = sequence.slot
+        num_counted = self._num_counted[slot]
+        if num_counted is None or (edits & Edit.PENALTIES and num_counted != position):
+            self._num_counted[slot] = None
             self._check_token_ids(sequence)
-            if edits & Edit.WORDS:
+            ever = _edits_of(sequence.request.sampling, -1)  # a step that is run again may want min_tokens once more
+            if ever & Edit.WORDS:
                 self._write_words(sequence, position)
-            if edits & Edit.BIAS:
+            if ever & Edit.BIAS:
                 self._write_bias(sequence)
-            slot = self._slots[sequence.slot] = _Slot(sequence)
-        slot.num_counted = position + 1  # with the token that this step's launches will count
+        self._num_counted[slot] = position + 1  # with the token that this step's launches will count
 
     def _check_token_ids(self, sequence: Sequence) -> None:
         params = sequence.request.sampling
@@ -433,17 +431,31 @@ class DeviceSampler:
 
     # ---- start-up ------------------------------------------------------------------------------------------------
 
+    def warm_up(self, logits_SV: torch.Tensor) -> None:
+        """Compile every variant for logits like these (type, strides, alignment), so that no step compiles anything.
+
+        Waits for the device. One row is enough; its numbers are not looked at.
+        """
+        rows = np.zeros((1, NUM_FIELDS), dtype=np.int32)
+        rows[:, Field.TOP_K] = 1
+        rows.view(np.float32)[:, Field.INVERSE_TEMPERATURE] = 1.0
+        on_device = self._to_device(rows)
+        out = torch.empty((2, 1), dtype=torch.int32, device=self.device)
+        state = torch.zeros((1, self.vocab_size), dtype=torch.int32, device=self.device)
+        floats = state.view(torch.float32)
+        for edited in (None, floats):
+            for draws, truncates in ((False, False), (True, False), (True, True)):
+                self._launch(logits_SV, on_device, out, edited, draws=draws, truncates=truncates)
+        masks = state.view(torch.uint8)
+        kernels.edit(logits_SV, on_device, self._scratch, floats, state=state, bias=floats, masks=masks, some_wait=True)
+        kernels.count(on_device, out, state)
+        self.token_logprobs(logits_SV, [0], [0], [1])
+        if self.device.type != "cpu":
+            torch.cuda.synchronize(self.device)
+
     def state_bytes(self) -> int:
         """Device memory that is allocated when somebody first asks for edits: words, bias, edited logits."""
         return 3 * 4 * self.max_num_seqs * self.vocab_size
-
-
-@dataclass
-class _Slot:
-    """Whose words a slot has, and how many of its tokens they count."""
-
-    sequence: Sequence
-    num_counted: int = -1
 
 
 class _Copy:
