@@ -69,7 +69,7 @@ def build_app(
 
     ``server_sends_ids``: the server around it gives each request an X-Request-Id and each answer the same.
     """
-    app = FastAPI(title=title, version=version(), openapi_tags=_TAGS)
+    app = _App(title=title, version=version(), openapi_tags=_TAGS)
     _add_routes(app, face)
     for kind in (RaggedServeError, HTTPException, Exception):
         app.add_exception_handler(kind, _handle_error)
@@ -86,6 +86,14 @@ def version() -> str:
         return importlib.metadata.version("ragged-serve")
     except importlib.metadata.PackageNotFoundError:
         return "0"
+
+
+class _App(FastAPI):
+    """Keeps the server's own ``send`` for `EventStream`, before any middleware wraps it."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope.setdefault("state", {})["send"] = send
+        await super().__call__(scope, receive, send)
 
 
 # ---- the edge --------------------------------------------------------------------------------------------------------
@@ -106,7 +114,7 @@ class Edge:
             return
         headers = Headers(scope=scope)
         request_id = clean_request_id(headers.get("x-request-id")) or new_request_id()
-        scope.setdefault("state", {}).update(request_id=request_id, send=send)
+        scope["state"]["request_id"] = request_id
         has_started = False
 
         async def send_with_id(message: Message) -> None:
@@ -181,9 +189,12 @@ async def _handle_error(request: Request, error: Exception) -> Response:
 class EventStream(Response):
     """Server-sent events. Ends the generation when the client goes away."""
 
-    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None], request_id: str) -> None:
+    def __init__(
+        self, generation: Generation, first: bytes, rest: AsyncGenerator[bytes, None], request_id: str
+    ) -> None:
         super().__init__(media_type="text/event-stream", headers=STREAM_HEADERS)
         del self.headers["content-length"]
+        self._generation = generation
         self._first = first
         self._rest = rest
         self._request_id = request_id
@@ -192,20 +203,22 @@ class EventStream(Response):
         await until_disconnect(receive, self._send_all(send, scope["state"]["send"]))
 
     async def _send_all(self, send: Send, send_body: Send) -> None:
-        """``send_body`` is the server's own, around the middleware, which cares for the start of an answer alone: five
-        calls less for each token."""
+        """``send_body`` is the server's own, around the middleware, which cares for the start of an answer alone: six
+        calls less for each token. The last event and the end of the body go together, as one packet."""
+        generation = self._generation
         async with contextlib.aclosing(self._rest) as rest:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            send = send_body
-            await send({"type": "http.response.body", "body": self._first, "more_body": True})
+            has_ended = generation.has_ended
+            await send_body({"type": "http.response.body", "body": self._first, "more_body": not has_ended})
             try:
                 async for data in rest:
-                    await send({"type": "http.response.body", "body": data, "more_body": True})
+                    has_ended = generation.has_ended
+                    await send_body({"type": "http.response.body", "body": data, "more_body": not has_ended})
             except Exception as error:  # the status is gone: an event says it, and there is no [DONE]
                 if not isinstance(error, RaggedServeError):
                     logger.exception("%s: the stream failed", self._request_id)
-                await send({"type": "http.response.body", "body": error_event(error), "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+                if not has_ended:
+                    await send_body({"type": "http.response.body", "body": error_event(error), "more_body": False})
 
 
 async def until_disconnect(receive: Receive, work: Any) -> Any:
@@ -248,7 +261,7 @@ async def _begin(generation: Generation, request_id: str) -> Response:
     chunks = generation.chunks()
     try:
         if isinstance(generation.answer, StreamedAnswer):
-            return EventStream(await anext(chunks), chunks, request_id)
+            return EventStream(generation, await anext(chunks), chunks, request_id)
         async with contextlib.aclosing(chunks):
             return Response(b"".join([data async for data in chunks]), media_type="application/json")
     except BaseException:

@@ -250,6 +250,8 @@ class Generation:
     ) -> None:
         self.answer = answer
         self.streams = streams
+        self.has_ended = False
+        """The chunk that has come, or comes next, is the last one."""
         self._service = service
         self._texts = texts
 
@@ -259,18 +261,28 @@ class Generation:
         Raises what a stream raises, and the error that ended a choice.
         """
         self._service.num_running += 1
+        last = b""
         try:
+            # Leaving a block closes its streams, which settles their leases: before the reader sees the end.
             if len(self.streams) == 1:
-                async with contextlib.aclosing(self.streams[0].batches()) as batches:  # type: ignore[type-var]
+                stream = self.streams[0]
+                async with contextlib.aclosing(stream.batches()) as batches:  # type: ignore[type-var]
                     async for batch in batches:
-                        if data := self._take(0, batch):
-                            yield data
+                        last = self._take(0, batch)
+                        if stream.has_ended:
+                            break
+                        if last:
+                            yield last
             else:
                 async with contextlib.aclosing(_merge([s.batches() for s in self.streams])) as merged:
                     async for prompt_index, batch in merged:
-                        if data := self._take(prompt_index, batch):
-                            yield data
-            yield self.answer.end()
+                        last = self._take(prompt_index, batch)
+                        if all(s.has_ended for s in self.streams):
+                            break
+                        if last:
+                            yield last
+            self.has_ended = True
+            yield last + self.answer.end()
         finally:
             self._service.num_running -= 1
 
