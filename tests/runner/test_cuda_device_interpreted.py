@@ -1,0 +1,143 @@
+"""The whole GPU path without a card: ModelRunner, graphs, launch-ahead, and the Triton kernels in the interpreter.
+
+A small model, a mixed batch, 8 tokens: greedy tokens equal the CPU path's. In deterministic mode a sequence has the same
+K, V and log-probabilities, bit for bit, alone and in company, whole and in chunks, replayed from the middle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from serve_app.runner import cuda_device, model_runner
+from serve_app.runner.cuda_device import CudaDevice
+from serve_app.runner.device_sampler import DeviceSampler
+from serve_app.runner.model_runner import ModelRunner
+from serve_app.runner.rehearsal import GREEDY
+from tests.runner.fake_gpu import FakeGpu
+from tests.tiny_models import make_tiny_model
+from tests.tiny_runs import Answer, Witness, assert_same_bits, make_engine, make_request, make_runner, run
+
+NUM_TOKENS = 8
+OPTIONS: dict[str, Any] = {
+    "num_kv_blocks": 20,
+    "block_size": 16,
+    "max_num_seqs": 3,
+    "max_num_batched_tokens": 24,
+    "max_model_len": 64,
+}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small, and odd: a vocabulary and a width of the MLP that no tile divides, a group of 3."""
+    return make_tiny_model(
+        tmp_path_factory.mktemp("model"),
+        "Qwen3ForCausalLM",
+        seed=6,
+        layers=1,
+        heads=3,
+        kv_heads=1,
+        vocab_size=261,
+        intermediate_size=75,
+    )
+
+
+@pytest.fixture(scope="module")
+def _on_a_fake_gpu() -> Iterator[None]:
+    """Nothing has to be compiled here and no memory measured, so start-up rehearses little."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_runner, "find_gpu", lambda name: FakeGpu("cuda") if name == "cuda" else None)
+        patch.setattr(cuda_device, "variants", lambda *_: [])
+        patch.setattr(cuda_device, "largest_spans", lambda *_: [(0, 2)])
+        patch.setattr(cuda_device, "DRAWN", GREEDY)
+        patch.setattr(DeviceSampler, "warm_up", lambda *_: None)
+        yield
+
+
+def prompt_of(length: int, salt: int = 0) -> list[int]:
+    return [(37 * i + 11 * salt + 5) % 256 for i in range(length)]
+
+
+def requests(**sampling: Any) -> list[Any]:
+    """More than a step holds, so that chunks and decodes share steps."""
+    return [
+        make_request(str(i), prompt_of(n, i), max_tokens=NUM_TOKENS, **sampling) for i, n in enumerate((30, 5, 1, 17))
+    ]
+
+
+@pytest.mark.usefixtures("_on_a_fake_gpu")
+def test_greedy_tokens_equal_the_cpu_paths(directory: Path) -> None:
+    runner = make_runner(directory, device="cuda", **OPTIONS)
+    assert isinstance(runner.device, CudaDevice)
+    engine = make_engine(runner)
+    answers = run(engine, requests(), arrivals={2: 3})
+    expected = run(make_engine(make_runner(directory, **OPTIONS)), requests(), arrivals={2: 3})
+    assert {key: answer.token_ids for key, answer in answers.items()} == {
+        key: answer.token_ids for key, answer in expected.items()
+    }
+    assert all(len(answer.token_ids) == NUM_TOKENS for answer in answers.values())
+    records = list(engine.recorder.records)
+    assert any(len({s.num_tokens == 1 for s in record.sequences}) == 2 for record in records), "no mixed step"
+    assert runner.device.graphs.num_replays > 2
+    assert runner.max_steps_in_flight == 2
+
+
+# ---- bits -----------------------------------------------------------------------------------------------------------
+
+NUM_EXACT = 5
+"""Tokens of these runs, which are slow."""
+
+
+def probe(**options: Any) -> Any:
+    return make_request("probe", prompt_of(20), max_tokens=NUM_EXACT, logprobs=2, **options)
+
+
+class Setup(NamedTuple):
+    runner: ModelRunner
+    alone: Witness
+    answer: Answer
+
+
+@pytest.fixture(scope="module")
+def setup(directory: Path, _on_a_fake_gpu: None) -> Setup:
+    """A runner in deterministic mode, and what the probe is alone in it."""
+    runner = make_runner(directory, device="cuda", deterministic=True, **{**OPTIONS, "max_num_seqs": 2})
+    with Witness(runner) as alone:
+        answer = run(make_engine(runner), [probe()])["probe", 0]
+    assert alone.chunks["probe", 0] == [20, 1, 1, 1, 1]
+    return Setup(runner, alone, answer)
+
+
+def check(setup: Setup, witness: Witness, answer: Answer, num_replayed: int = 0) -> None:
+    assert answer.token_ids == setup.answer.token_ids[num_replayed:]
+    assert answer.logprobs == setup.answer.logprobs[num_replayed:]  # bit for bit: they are Python floats
+    assert_same_bits(("probe", 0), setup.alone, witness)
+    assert witness.kv["probe", 0].shape[2] == 20 + NUM_EXACT - 1
+
+
+def test_deterministic_tokens_equal_the_cpu_paths(directory: Path, setup: Setup) -> None:
+    expected = run(make_engine(make_runner(directory, **OPTIONS)), [probe()])["probe", 0]
+    assert setup.answer.token_ids == expected.token_ids
+    for ours, theirs in zip(setup.answer.logprobs, expected.logprobs, strict=True):
+        assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+
+
+def test_bits_in_chunks_and_in_company(setup: Setup) -> None:
+    engine = make_engine(setup.runner, max_num_batched_tokens=9)
+    with Witness(setup.runner) as witness:
+        answers = run(engine, [make_request("other", prompt_of(2, 1), max_tokens=6), probe()])
+    assert witness.chunks["probe", 0] == [7, 8, 5, 1, 1, 1, 1]
+    assert setup.runner.device.graphs.num_replays > 0  # type: ignore[attr-defined]
+    check(setup, witness, answers["probe", 0])
+
+
+def test_bits_of_a_replay(setup: Setup) -> None:
+    """Its output tokens come as rows of one chunk with the prompt's, and are computed as decodes."""
+    with Witness(setup.runner) as witness:
+        answers = run(make_engine(setup.runner), [probe(output=setup.answer.token_ids[:3])])
+    assert witness.chunks["probe", 0] == [23, 1]
+    check(setup, witness, answers["probe", 0], num_replayed=3)
