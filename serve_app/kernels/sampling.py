@@ -414,10 +414,10 @@ def _least_and_largest(source, num_items, BLOCK: tl.constexpr, HAS_EDITS: tl.con
 
 @triton.jit
 def _num_to_reach(mass, mass_each):
-    """How many times mass_each make at least ``mass``, for at most 2**24 times: no quotient of 64 bits needed."""
+    """How many times mass_each, at most 2**40, make at least ``mass``; at most 2**23 times, so no product overflows."""
     number = mass * 0
-    bit = number + 8388608
-    for _ in range(24):
+    bit = number + 4194304
+    for _ in range(23):
         number = tl.where((number + bit) * mass_each < mass, number + bit, number)
         bit = bit >> 1
     return (number + 1).to(tl.int32)
