@@ -1,8 +1,15 @@
-"""How far two results lie apart, counted in representable numbers. No tests."""
+"""For tests of Triton kernels: where they run, in which types, and how far two results lie apart. No tests.
+
+With a GPU the tests of kernels/ run on it, without one in the interpreter, which computes bfloat16 wrongly.
+"""
 
 from __future__ import annotations
 
+import pytest
 import torch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 
 _INTEGERS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 

@@ -9,10 +9,10 @@ import torch
 
 from serve_app.kernels import norms, reference
 from tests.kernels import rounding
-from tests.kernels.rounding import ulps
+from tests.kernels.rounding import DEVICE, DTYPES, ulps
 
 EPS = 1e-6
-ULPS = {torch.float32: 4, torch.float16: 1}
+ULPS = {torch.float32: 16, torch.float16: 1, torch.bfloat16: 1}
 SHAPES = [(1, 1), (5, 48), (17, 96), (3, 768), (2, 1000), (2, 2560), (1, 4096)]
 
 
@@ -21,7 +21,7 @@ def make(num_rows: int, hidden: int, dtype: torch.dtype) -> tuple[torch.Tensor, 
     generator = torch.Generator().manual_seed(0)
     x, residual = (torch.randn(num_rows, hidden, generator=generator) for _ in range(2))
     weight = 1 + 0.3 * torch.randn(hidden, generator=generator)
-    return x.to(dtype), (30 * residual).to(dtype), weight.to(dtype)
+    return x.to(DEVICE, dtype), (30 * residual).to(DEVICE, dtype), weight.to(DEVICE, dtype)
 
 
 def test_worked_examples() -> None:
@@ -29,7 +29,7 @@ def test_worked_examples() -> None:
     assert doctest.testmod(rounding) == (0, 2)
 
 
-@pytest.mark.parametrize("dtype", list(ULPS), ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("num_rows", "hidden"), SHAPES)
 def test_equals_the_oracle(num_rows: int, hidden: int, dtype: torch.dtype) -> None:
     x, residual, weight = make(num_rows, hidden, dtype)
@@ -47,12 +47,12 @@ def test_equals_the_oracle(num_rows: int, hidden: int, dtype: torch.dtype) -> No
 
 def test_the_norm_is_that_of_the_rounded_sum() -> None:
     """2048 + 1 is 2048 in float16: were the sum not rounded first, the norm of (2048 + 1, 1) would be another."""
-    x, residual = torch.tensor([[1.0, 0.0]]).half(), torch.tensor([[2048.0, 1.0]]).half()
-    weight = torch.tensor([2048.0, 2048.0]).half()
-    assert torch.equal(
-        norms.add_rms_norm(x, residual, weight, EPS),
-        reference.rms_norm(torch.tensor([[2048.0, 1.0]]).half(), weight, EPS),
-    )
+    x, residual = torch.tensor([[[1.0, 0.0]], [[2048.0, 1.0]]], dtype=torch.float16, device=DEVICE)
+    weight = torch.tensor([2048.0, 2048.0], dtype=torch.float16, device=DEVICE)
+    rounded_sum = residual.clone()
+    ours = norms.add_rms_norm(x, residual, weight, EPS)
+    assert torch.equal(residual, rounded_sum)
+    assert torch.equal(ours, reference.rms_norm(rounded_sum, weight, EPS))
 
 
 @pytest.mark.parametrize("hidden", [96, 1100])
@@ -68,9 +68,9 @@ def test_a_rows_bits_do_not_depend_on_its_company(hidden: int) -> None:
 
 
 def test_no_rows() -> None:
-    x = torch.empty(0, 48)
-    assert norms.rms_norm(x, torch.ones(48), EPS).shape == (0, 48)
-    assert norms.add_rms_norm(x, x.clone(), torch.ones(48), EPS).shape == (0, 48)
+    x, weight = torch.empty(0, 48, device=DEVICE), torch.ones(48, device=DEVICE)
+    assert norms.rms_norm(x, weight, EPS).shape == (0, 48)
+    assert norms.add_rms_norm(x, x.clone(), weight, EPS).shape == (0, 48)
 
 
 def test_the_widest_row() -> None:

@@ -11,6 +11,7 @@ import triton
 
 from serve_app.errors import ConfigurationError
 from serve_app.kernels import ops
+from tests.kernels.rounding import DEVICE
 
 
 @pytest.mark.parametrize("name", ["cpu", "reference", "cuda"])
@@ -18,9 +19,10 @@ def test_every_choice_has_every_op(name: str) -> None:
     chosen = ops.select(name)
     for op in (op for op in vars(ops.Ops) if not op.startswith("_")):
         assert callable(getattr(chosen, op)), op
-    layer = chosen.linear(torch.ones(3, 16), torch.zeros(3))
+    device = DEVICE if name == "cuda" else "cpu"
+    layer = chosen.linear(torch.ones(3, 16, device=device), torch.zeros(3, device=device))
     assert (layer.out_features, layer.in_features, layer.num_padded_rows) == (3, 16, 0)
-    assert layer(torch.ones(2, 16)).tolist() == [[16.0] * 3] * 2
+    assert layer(torch.ones(2, 16, device=device)).tolist() == [[16.0] * 3] * 2
 
 
 def test_an_unknown_one() -> None:
