@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 from serve_app.runner import cuda_device, model_runner
 from serve_app.runner.cuda_device import CudaDevice
@@ -20,6 +21,8 @@ from serve_app.runner.rehearsal import GREEDY
 from tests.runner.fake_gpu import FakeGpu
 from tests.tiny_models import make_tiny_model
 from tests.tiny_runs import Answer, Witness, assert_same_bits, make_engine, make_request, make_runner, run
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="these run in the interpreter; see pytest -m gpu")
 
 NUM_TOKENS = 8
 OPTIONS: dict[str, Any] = {
