@@ -107,6 +107,7 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("runner/recompilation.py", DEVICE),
     ("runner/rehearsal.py", DEVICE),
     ("runner/numerics.py", DEVICE),
+    ("runner/machine.py", DEVICE),
     ("runner/device.py", DEVICE),
     ("runner/cpu_device.py", DEVICE),
     ("runner/cuda_device.py", DEVICE),

@@ -21,7 +21,7 @@ from serve_app.kernels.simd import LANES
 from serve_app.logs import get_logger
 from serve_app.models.decoder import Decoder
 from serve_app.models.decoder_config import DecoderConfig
-from serve_app.runner import numerics
+from serve_app.runner import machine, numerics
 from serve_app.runner.batch import Batch, BatchBuilder
 from serve_app.runner.device import ComputedStep, MakeModel
 from serve_app.runner.kv_cache import KVCache, num_blocks_that_fit
@@ -78,7 +78,7 @@ class CpuDevice:
 
     def _automatic_dtype(self) -> torch.dtype:
         """The checkpoint's bfloat16 where matrix tiles make it fast; else float32, which rounds no weight."""
-        if self.model_config.dtype == "bfloat16" and numerics.has_amx():
+        if self.model_config.dtype == "bfloat16" and machine.has_amx():
             return torch.bfloat16
         return torch.float32
 
@@ -114,7 +114,7 @@ class CpuDevice:
     def fingerprint(self, parts: dict[str, object]) -> str:
         linears = self.model.linears
         tiles = sorted({(*x.shape_key[:2], x.row_tiles, x.chain_depth, x.is_packed) for x in linears})
-        return numerics.fingerprint({**parts, "row_tiles": tiles})
+        return machine.fingerprint({**parts, "row_tiles": tiles})
 
     # ---- one step ------------------------------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ from serve_app.kernels.work_list import MAX_SPLITS, MIN_SPLIT_KEYS, WorkList, pl
 from serve_app.logs import get_logger
 from serve_app.models.decoder import Decoder
 from serve_app.models.decoder_config import DecoderConfig
-from serve_app.runner import numerics
+from serve_app.runner import machine
 from serve_app.runner.batch import BatchBuilder, Rows
 from serve_app.runner.cuda_graphs import DecodeGraphs, bucket_sizes
 from serve_app.runner.device import MakeModel
@@ -196,7 +196,7 @@ class CudaDevice:
         return f"{self.gpu.name}, {graphs}", "deterministic" if self.deterministic else "fast"
 
     def fingerprint(self, parts: dict[str, object]) -> str:
-        return numerics.fingerprint(parts, numerics.gpu_machine(self.gpu.name, self.gpu.capability))
+        return machine.fingerprint(parts, machine.gpu_machine(self.gpu.name, self.gpu.capability))
 
     # ---- one step ------------------------------------------------------------------------------------------------
 

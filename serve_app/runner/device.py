@@ -57,7 +57,7 @@ class Device(Protocol):
         ...
 
     def fingerprint(self, parts: dict[str, object]) -> str:
-        """See `numerics.fingerprint`: the parts, and what of this machine decides bits."""
+        """See `machine.fingerprint`: the parts, and what of this machine decides bits."""
         ...
 
 

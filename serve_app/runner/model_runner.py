@@ -18,7 +18,6 @@ from serve_app.logs import get_logger
 from serve_app.models.decoder import Decoder
 from serve_app.models.decoder_config import DecoderConfig, load_model_config
 from serve_app.models.weights import DummyWeights, WeightLoader, weights_fingerprint
-from serve_app.runner.cpu_device import CpuDevice
 from serve_app.runner.device import Device
 from serve_app.runner.gpu import find_gpu
 from serve_app.runner.kv_cache import describe
@@ -118,6 +117,8 @@ def make_device(name: str, config: EngineConfig, model_config: DecoderConfig, ma
     """The one place that chooses."""
     gpu = find_gpu(name)
     if gpu is None:
+        from serve_app.runner.cpu_device import CpuDevice  # numba: a GPU needs none of it
+
         return CpuDevice(config, model_config, max_model_len)
     from serve_app.runner.cuda_device import CudaDevice  # Triton: a CPU needs none of it
 

@@ -1,4 +1,4 @@
-"""Deterministic mode: what it sets, the proof at start-up, the numerics fingerprint. Knows bits; knows no sequences.
+"""Deterministic mode on a CPU: the proof at start-up, and what it sets. Knows bits; knows no sequences.
 
 The kernels of kernels/cpu.py give a row the same bits in any company by construction. The products are a library's, and
 whether a row's bits depend on how many rows run with it depends on the processor. So it is proved, on the model's own
@@ -10,12 +10,8 @@ kernels (powers of two, their neighbours, and odd ones between).
 
 from __future__ import annotations
 
-import hashlib
-import json
-import platform
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -51,14 +47,6 @@ class Proof:
     @property
     def uses_fixed_tiles(self) -> bool:
         return any(tiles[-1] != ANY for tiles in self.row_tiles.values())
-
-
-def has_amx() -> bool:
-    """True if bfloat16 products run on matrix tiles (AMX), where they are several times faster than float32."""
-    try:
-        return bool(torch.cpu._is_amx_tile_supported())
-    except AttributeError:
-        return False
 
 
 def prove(
@@ -191,58 +179,3 @@ def _attention_is_invariant(
     chunked = torch.cat([run([(start, min(start + 7, length))]) for start in range(0, length, 7)])
     decodes = run([(length - 1, length), (99, 100), (0, 1)])
     return torch.equal(whole, chunked) and torch.equal(decodes, whole[[length - 1, 99, 0]])
-
-
-def fingerprint(parts: dict[str, object], machine: dict[str, object] | None = None) -> str:
-    """Engines with equal fingerprints promise equal bits in deterministic mode. ``parts``: whatever decides them.
-
-    ``machine``: what computes; by default this machine's processor and what is compiled for it.
-    """
-    text = json.dumps({**(cpu_machine() if machine is None else machine), **parts}, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def cpu_machine() -> dict[str, object]:
-    """What decides the bits of a CPU's kernels."""
-    return {
-        "processor": _processor_name(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "amx": has_amx(),
-        "torch": torch.__version__,
-        "numba": _version("numba"),
-        "llvmlite": _version("llvmlite"),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def gpu_machine(name: str, capability: tuple[int, int]) -> dict[str, object]:
-    """What decides the bits of the Triton kernels: the GPU, who compiles them, and all of kernels/, tile shapes included."""
-    sources = hashlib.sha256()
-    for path in sorted((Path(__file__).parent.parent / "kernels").glob("*.py")):
-        sources.update(path.name.encode() + b"\0" + path.read_bytes())
-    return {
-        "gpu": name,
-        "capability": capability,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "triton": _version("triton"),
-        "kernels": sources.hexdigest(),
-    }
-
-
-def _processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    wanted = ("model name", "cpu family", "model\t", "stepping", "flags")
-    return hashlib.sha256("\n".join(sorted({x for x in lines if x.startswith(wanted)})).encode()).hexdigest()
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"

@@ -91,12 +91,14 @@ def test_greedy_tokens_equal_the_cpu_paths(directory: Path) -> None:
 
 # ---- bits -----------------------------------------------------------------------------------------------------------
 
+NUM_PROMPT = 34
+"""More keys than a tile of the prompt class has, fewer than one of the decode class: the two sum in different orders."""
 NUM_EXACT = 5
 """Tokens of these runs, which are slow."""
 
 
 def probe(**options: Any) -> Any:
-    return make_request("probe", prompt_of(20), max_tokens=NUM_EXACT, logprobs=2, **options)
+    return make_request("probe", prompt_of(NUM_PROMPT), max_tokens=NUM_EXACT, logprobs=2, **options)
 
 
 class Setup(NamedTuple):
@@ -108,10 +110,12 @@ class Setup(NamedTuple):
 @pytest.fixture(scope="module")
 def setup(directory: Path, _on_a_fake_gpu: None) -> Setup:
     """A runner in deterministic mode, and what the probe is alone in it."""
-    runner = make_runner(directory, device="cuda", deterministic=True, **{**OPTIONS, "max_num_seqs": 2})
+    runner = make_runner(
+        directory, device="cuda", deterministic=True, **{**OPTIONS, "max_num_seqs": 2, "max_num_batched_tokens": 40}
+    )
     with Witness(runner) as alone:
         answer = run(make_engine(runner), [probe()])["probe", 0]
-    assert alone.chunks["probe", 0] == [20, 1, 1, 1, 1]
+    assert alone.chunks["probe", 0] == [34, 1, 1, 1, 1]
     return Setup(runner, alone, answer)
 
 
@@ -119,7 +123,7 @@ def check(setup: Setup, witness: Witness, answer: Answer, num_replayed: int = 0)
     assert answer.token_ids == setup.answer.token_ids[num_replayed:]
     assert answer.logprobs == setup.answer.logprobs[num_replayed:]  # bit for bit: they are Python floats
     assert_same_bits(("probe", 0), setup.alone, witness)
-    assert witness.kv["probe", 0].shape[2] == 20 + NUM_EXACT - 1
+    assert witness.kv["probe", 0].shape[2] == NUM_PROMPT + NUM_EXACT - 1
 
 
 def test_deterministic_tokens_equal_the_cpu_paths(directory: Path, setup: Setup) -> None:
@@ -130,10 +134,10 @@ def test_deterministic_tokens_equal_the_cpu_paths(directory: Path, setup: Setup)
 
 
 def test_bits_in_chunks_and_in_company(setup: Setup) -> None:
-    engine = make_engine(setup.runner, max_num_batched_tokens=9)
+    engine = make_engine(setup.runner, max_num_batched_tokens=13)
     with Witness(setup.runner) as witness:
         answers = run(engine, [make_request("other", prompt_of(2, 1), max_tokens=6), probe()])
-    assert witness.chunks["probe", 0] == [7, 8, 5, 1, 1, 1, 1]
+    assert witness.chunks["probe", 0] == [11, 12, 11, 1, 1, 1, 1]
     assert setup.runner.device.graphs.num_replays > 0  # type: ignore[attr-defined]
     check(setup, witness, answers["probe", 0])
 
@@ -142,5 +146,5 @@ def test_bits_of_a_replay(setup: Setup) -> None:
     """Its output tokens come as rows of one chunk with the prompt's, and are computed as decodes."""
     with Witness(setup.runner) as witness:
         answers = run(make_engine(setup.runner), [probe(output=setup.answer.token_ids[:3])])
-    assert witness.chunks["probe", 0] == [23, 1]
+    assert witness.chunks["probe", 0] == [37, 1]
     check(setup, witness, answers["probe", 0], num_replayed=3)

@@ -13,8 +13,8 @@ import torch
 from serve_app.errors import DeterminismError
 from serve_app.kernels import cpu, few_rows, reference
 from serve_app.kernels.linear import ANY, Linear
-from serve_app.runner import numerics
-from serve_app.runner.numerics import Proof, apply, fingerprint, provable_tiles, prove
+from serve_app.runner import machine, numerics
+from serve_app.runner.numerics import Proof, apply, provable_tiles, prove
 from tests.tiny_models import make_tiny_model
 from tests.tiny_runs import make_runner
 
@@ -248,7 +248,7 @@ def test_fixed_tiles_are_told(directory: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_an_automatic_dtype_gives_way(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bfloat16 checkpoint on a processor with fast bfloat16 whose products depend on the batch: float32 instead."""
     model = make_tiny_model(tmp_path, dtype=torch.bfloat16)
-    monkeypatch.setattr(numerics, "has_amx", lambda: True)
+    monkeypatch.setattr(machine, "has_amx", lambda: True)
     _fail(monkeypatch, (torch.bfloat16,))
     runner = make_runner(model, dtype="auto")
     assert runner.dtype == torch.float32
@@ -256,63 +256,11 @@ def test_an_automatic_dtype_gives_way(directory: Path, tmp_path: Path, monkeypat
     with pytest.raises(DeterminismError):
         make_runner(model, dtype="bfloat16", deterministic=True)
     assert make_runner(model, dtype="auto", deterministic=False).dtype == torch.bfloat16
-    monkeypatch.setattr(numerics, "has_amx", lambda: False)
+    monkeypatch.setattr(machine, "has_amx", lambda: False)
     assert make_runner(model, dtype="auto").dtype == torch.float32
     assert make_runner(directory, dtype="auto").dtype == torch.float32
-
-
-# ---- the fingerprint ------------------------------------------------------------------------------------------------
-
-
-def test_fingerprint_changes_with_each_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = {fingerprint({}), fingerprint({"weights": "a"}), fingerprint({"weights": "b"}), fingerprint({"dtype": "a"})}
-    for name, value in (
-        ("_processor_name", lambda: "another"),
-        ("has_amx", lambda: "another"),
-        ("_version", lambda package: "another" if package == "numba" else numerics.__name__),
-        ("_version", lambda package: "another" if package == "llvmlite" else numerics.__name__),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(numerics, name, value)
-            seen.add(fingerprint({}))
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "__version__", "0.0")
-        seen.add(fingerprint({}))
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
-        seen.add(fingerprint({}))
-    torch.set_num_threads(2)
-    seen.add(fingerprint({}))
-    torch.set_num_threads(1)
-    assert len(seen) == 11
-    assert fingerprint({}) in seen
-    assert all(len(x) == 16 and int(x, 16) >= 0 for x in seen)
-
-
-def test_fingerprint_of_a_runner(directory: Path, tmp_path: Path) -> None:
-    other = make_tiny_model(tmp_path / "other", seed=1)
-    same = make_runner(directory, block_size=16, num_kv_blocks=7, max_num_seqs=3).fingerprint
-    assert same == make_runner(directory).fingerprint
-    variants = [
-        make_runner(directory, deterministic=False),
-        make_runner(directory, kv_cache_dtype="float16"),
-        make_runner(directory, dtype="bfloat16"),
-        make_runner(directory, num_threads=2),
-        make_runner(directory, load_format="dummy"),
-        make_runner(directory, load_format="dummy", seed=1),
-        make_runner(other),
-    ]
-    assert len({same, *(runner.fingerprint for runner in variants)}) == 8
 
 
 def test_reference_ops_serve_the_same_probe() -> None:
     """The oracle computes a row by itself: it is invariant, so the probe itself must not be what differs."""
     assert numerics._attention_is_invariant(reference, 1, 1, 2, torch.float32, 64)  # type: ignore[arg-type]
-
-
-def test_the_processor_is_in_the_fingerprint_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(path: Path, *rest: Any) -> str:
-        raise FileNotFoundError(path)
-
-    monkeypatch.setattr(Path, "read_text", missing)
-    assert numerics._processor_name()
