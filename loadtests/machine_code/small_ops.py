@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loadtests.machine_code.kernel import Kernel
-from serve_app.kernels import log_softmax, norms, qk_norm_rope_write, silu_mul
+from serve_app.kernels import norms, qk_norm_rope_write, silu_mul
 
 BLOCK_SIZE = 64
 
@@ -17,7 +17,6 @@ def kernels(capability: int) -> list[Kernel]:
         qk_kernel(32, 8, 128, normed=True),
         qk_kernel(14, 2, 64, normed=False),
         qk_kernel(32, 32, 96, normed=False),
-        log_softmax_kernel(),
     ]
 
 
@@ -71,17 +70,5 @@ def qk_kernel(num_heads: int, num_kv_heads: int, head_dim: int, *, normed: bool)
         num_warps=num_warps,
         unaligned=("positions", "slot_mapping"),
         min_blocks=16,
-        must_have=("wide_loads",),
-    )
-
-
-def log_softmax_kernel() -> Kernel:
-    return Kernel(
-        name="log-softmax",
-        function="serve_app.kernels.log_softmax:log_softmax_kernel",
-        arguments={"logits": "*bf16", "log_sums": "*fp32", "out": "*fp32", "stride": "i32", "V": "i32"},
-        constants={"WRITES": True, "BLOCK": log_softmax.BLOCK},
-        num_warps=log_softmax.NUM_WARPS,
-        min_blocks=4,
         must_have=("wide_loads",),
     )

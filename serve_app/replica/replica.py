@@ -15,6 +15,7 @@ import os
 from collections.abc import AsyncGenerator
 from typing import Any
 
+import ray
 from ray import serve
 
 from serve_app import logs
@@ -114,4 +115,5 @@ class Replica:
             "num_unfinished": self.engine.num_unfinished,
             "num_used_blocks": self.engine.engine.scheduler.pool.num_used_blocks,
             "num_steps": self.engine.num_steps,
+            "gpu_ids": ray.get_runtime_context().get_accelerator_ids().get("GPU", []),
         }
