@@ -33,7 +33,7 @@ def kernels(capability: int) -> list[Kernel]:
         tall = {"BLOCK": BLOCK, "CHUNKS": CHUNKS, "CAPACITY": CAPACITY}
         found += [
             sampling_kernel("scan", wide | edits),
-            sampling_kernel("cut", tall | edits),
+            sampling_kernel("cut", tall | edits, num_warps=4),
             sampling_kernel("draw", wide | {"CHUNKS": CHUNKS, "HAS_CUTS": True} | edits),
         ]
     found.append(sampling_kernel("draw", wide | {"CHUNKS": CHUNKS, "HAS_CUTS": False, "HAS_EDITS": False}))

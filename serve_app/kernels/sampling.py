@@ -16,9 +16,10 @@ E_i comes from Philox-4x32-10 (see runner/random_numbers.py): key = the seed's h
 token // 4, 1), word token % 4.
 
 The cut. Floats order as 32-bit keys, so the least key that is kept is found by halving an interval of them, from sums
-over the row: how many tokens, or how much mass, is at a key or above. Mass is exp((logit - best) / temperature) in units of 2**-40, as
-an integer: a sum has no order, and all of a vocabulary stays below 2**63. A histogram over the distance from the
-best logit first says which tokens can matter; where they fit, they are copied together and only they are searched.
+over the row: how many tokens, or how much mass, is at a key or above. Mass is exp((logit - best) / temperature) in units
+of 2**-40, as an integer: a sum has no order, and all of a vocabulary (below 2**22 tokens) stays below 2**63. A histogram
+over the distance from the best logit first says which tokens can matter; where they fit, they are copied together and
+only they are searched.
 """
 
 # mypy: allow-incomplete-defs, allow-untyped-defs
@@ -35,7 +36,7 @@ import triton.language as tl
 CHUNK = 4096
 """Tokens of the vocabulary that one program of a wide grid takes."""
 
-BLOCK = 2048
+BLOCK = 1024
 """Tokens that a program takes at a time where it walks through the whole row."""
 
 CAPACITY = 8192
@@ -137,8 +138,8 @@ _STOPS = tl.constexpr(int(Word.STOPS))
 _FORBIDDEN = tl.constexpr(int(Word.FORBIDDEN))
 _NOTHING = tl.constexpr(int(Flag.NOTHING))
 
-_NUM_BINS = tl.constexpr(1024)
-_BINS_PER_NAT = tl.constexpr(64.0)
+_NUM_BINS = tl.constexpr(512)
+_BINS_PER_NAT = tl.constexpr(32.0)
 _MASS_UNIT = tl.constexpr(float(2**40))
 _INFINITY = tl.constexpr(float("inf"))
 
@@ -215,7 +216,7 @@ def _keys(b_logits):
 
 @triton.jit
 def _bins(b_logits, best, inverse_temperature):
-    """int32: which 1/64 of a nat below the best logit, never less for a lesser logit. The last bin holds all the rest."""
+    """int32: which 1/32 of a nat below the best logit, never less for a lesser logit. The last bin holds all the rest."""
     b_distance = (best - b_logits) * inverse_temperature * _BINS_PER_NAT
     return tl.maximum(tl.minimum(b_distance, _NUM_BINS - 1.0), 0.0).to(tl.int32)
 
@@ -732,7 +733,7 @@ def cut(logits_SV: torch.Tensor, params: torch.Tensor, scratch: Scratch, edited:
         CHUNKS=triton.next_power_of_2(scratch.num_chunks),
         CAPACITY=CAPACITY,
         HAS_EDITS=edited is not None,
-        num_warps=8,
+        num_warps=4,
     )
 
 

@@ -24,7 +24,8 @@ from serve_app.runner.device_sampler import DeviceSampler, SampledStep
 from tests.runner import sampling_twin as twin
 from tests.runner.test_sampler import COMBINATIONS, distribution, make_sequence, random_logits
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="these run in the interpreter; see pytest -m gpu")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""The interpreter's device is "cpu" (tests/conftest.py)."""
 
 
 def blocks(patch: pytest.MonkeyPatch, size: int, capacity: int = 8192) -> None:
@@ -40,15 +41,13 @@ def _blocks_of_512(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def sample(sampler: DeviceSampler, logits_SV: torch.Tensor, company: list[Sequence], **more: Any) -> SampledStep:
-    return sampler.sample(logits_SV, sampler.prepare(company, **more))
+    return sampler.sample(logits_SV.to(DEVICE), sampler.prepare(company, **more))
 
 
-def kept_sets(
-    logits_SV: torch.Tensor, company: list[Sequence], monkeypatch: pytest.MonkeyPatch | None = None
-) -> list[set[int]]:
+def kept_sets(logits_SV: torch.Tensor, company: list[Sequence]) -> list[set[int]]:
     """What the cut and min_p leave of each row."""
     num, vocab_size = logits_SV.shape
-    sampler = DeviceSampler(vocab_size, num, "cpu")
+    sampler = DeviceSampler(vocab_size, num, DEVICE)
     sample(sampler, logits_SV, company)
     sets = []
     for row, sequence in enumerate(company):
@@ -76,17 +75,17 @@ def _numbers_kernel(p_params, p_out, BLOCK: tl.constexpr):
 
 def device_numbers(seed: int, choice: int, position: int, num: int, block: int) -> torch.Tensor:
     sequence = make_sequence(range(position), temperature=1.0, seed=seed, choice_index=choice)
-    plan = DeviceSampler(1000, 1, "cpu").prepare([sequence])
-    out = torch.empty(num)
-    _numbers_kernel[(num // block,)](torch.from_numpy(plan.rows), out, BLOCK=block)
-    return out
+    plan = DeviceSampler(1000, 1, DEVICE).prepare([sequence])
+    out = torch.empty(num, device=DEVICE)
+    _numbers_kernel[(num // block,)](torch.from_numpy(plan.rows).to(DEVICE), out, BLOCK=block)
+    return out.cpu()
 
 
 @pytest.mark.parametrize(("seed", "choice", "position"), [(0, 0, 1), (2**64 - 1, 127, 9), (0xA4093822_299F31D0, 7, 3)])
 def test_the_numbers_are_the_twins_whatever_the_block(seed: int, choice: int, position: int) -> None:
     in_blocks = [device_numbers(seed, choice, position, 4096, block) for block in (4096, 1024)]
     assert torch.equal(*in_blocks)
-    np.testing.assert_allclose(in_blocks[0], twin.exponentials(seed, [choice], [position], 4096)[0], rtol=1e-6)
+    np.testing.assert_allclose(in_blocks[0], twin.exponentials(seed, [choice], [position], 4096)[0], rtol=2e-5)
 
 
 def test_the_numbers_are_standard_exponential_and_words_of_a_counter_independent() -> None:
@@ -163,7 +162,9 @@ SOME = ("hot", "all three", "bias and penalties")
 
 
 @pytest.mark.parametrize(
-    ("vocab_size", "dtype", "names"), [(600, torch.float32, COMBINATIONS), (257, torch.float16, SOME)], ids=str
+    ("vocab_size", "dtype", "names"),
+    [(600, torch.float32, COMBINATIONS), (257, torch.float16, SOME)],
+    ids=["float32", "float16"],
 )
 def test_rows_of_all_kinds_draw_what_the_twin_draws(
     monkeypatch: pytest.MonkeyPatch, vocab_size: int, dtype: torch.dtype, names: Iterable[str]
@@ -172,7 +173,7 @@ def test_rows_of_all_kinds_draw_what_the_twin_draws(
     company = company_of_all_kinds(vocab_size, names)
     logits_SV = random_logits(len(company), vocab_size, seed=vocab_size).to(dtype)
     before = logits_SV.clone()
-    tokens = sample(DeviceSampler(vocab_size, 20, "cpu"), logits_SV, company).read().token_ids
+    tokens = sample(DeviceSampler(vocab_size, 20, DEVICE), logits_SV, company).read().token_ids
     assert torch.equal(logits_SV, before)
     for row, sequence in enumerate(company):
         expected = distribution(logits_SV[row].tolist(), sequence)
@@ -189,7 +190,7 @@ def test_the_shipped_blocks_draw_what_the_twin_draws(monkeypatch: pytest.MonkeyP
     company = [make_sequence(slot=row, **kind) for row, kind in enumerate(kinds)]
     logits_SV = random_logits(3, 4_099, seed=20)
     logits_SV[0, 4_096:] = 9.0
-    tokens = sample(DeviceSampler(4_099, 3, "cpu"), logits_SV, company).read().token_ids
+    tokens = sample(DeviceSampler(4_099, 3, DEVICE), logits_SV, company).read().token_ids
     for row, sequence in enumerate(company):
         assert tokens[row] == twin.draw(logits_SV[row], sequence, distribution(logits_SV[row].tolist(), sequence))
 
@@ -198,17 +199,17 @@ def test_a_row_has_the_same_bits_alone_in_company_and_in_other_blocks(monkeypatc
     """bfloat16 makes ties at every cut. Other blocks may change the last bits of a log-probability, but no token."""
     kinds = ["hot", "top_k and top_p", "min_p and top_p", "bias and penalties"]
     company = [make_sequence((3, 5), (5,), slot=row, seed=row, **COMBINATIONS[name]) for row, name in enumerate(kinds)]
-    logits_SV = random_logits(4, 1000, seed=2).bfloat16()
-    together, backwards, alone = (DeviceSampler(1000, 9, "cpu") for _ in range(3))
+    logits_SV = random_logits(4, 600, seed=2).bfloat16()
+    together, backwards, alone = (DeviceSampler(600, 9, DEVICE) for _ in range(3))
     tokens = sample(together, logits_SV, company).read().token_ids
-    padded = torch.cat((logits_SV.flip(0), torch.full((2, 1000), math.nan).bfloat16()))
+    padded = torch.cat((logits_SV.flip(0), torch.full((2, 600), math.nan).bfloat16()))
     assert sample(backwards, padded, company[::-1], num_rows=6).read().token_ids == tokens[::-1]
     assert torch.equal(backwards._scratch.cuts[:4].flip(0), together._scratch.cuts[:4])
     assert torch.equal(backwards._scratch.scores[:4].flip(0), together._scratch.scores[:4])
     assert sample(alone, logits_SV[1:2], company[1:2]).read().token_ids == tokens[1:2]
     assert torch.equal(alone._scratch.scores[0], together._scratch.scores[1])
     blocks(monkeypatch, 1024, capacity=16)
-    other = DeviceSampler(1000, 9, "cpu")
+    other = DeviceSampler(600, 9, DEVICE)
     assert sample(other, logits_SV, company).read().token_ids == tokens
     assert torch.equal(other._scratch.cuts[:4], together._scratch.cuts[:4])
 
@@ -228,10 +229,11 @@ TRUNCATIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("capacity", [8192, 4], ids=["candidates copied", "whole row"])
 def test_what_is_kept_is_what_the_cpu_sampler_keeps(monkeypatch: pytest.MonkeyPatch, capacity: int) -> None:
     blocks(monkeypatch, 1024, capacity)
-    company = [make_sequence(slot=row, **{"temperature": 1.1} | kind) for row, kind in enumerate(TRUNCATIONS.values())]
+    kinds = [*TRUNCATIONS.values()][:: 1 if capacity == 8192 else 2]
+    company = [make_sequence(slot=row, **{"temperature": 1.1} | kind) for row, kind in enumerate(kinds)]
     logits_SV = random_logits(len(company), 999, seed=3, scale=2.0)
     for row, kept in enumerate(kept_sets(logits_SV, company)):
-        assert kept == set(distribution(logits_SV[row].tolist(), company[row])), [*TRUNCATIONS][row]
+        assert kept == set(distribution(logits_SV[row].tolist(), company[row])), kinds[row]
 
 
 def test_of_equals_exactly_so_many_are_kept_by_lowest_ids() -> None:
@@ -271,14 +273,14 @@ def test_extreme_settings_leave_what_they_leave_on_the_cpu() -> None:
     logits_SV[:, :3] = -math.inf
     expected = cpu.Sampler(500, 9).sample(logits_SV, company).token_ids
     assert expected == logits_SV.argmax(dim=1).tolist()
-    assert sample(DeviceSampler(500, 9, "cpu"), logits_SV, company).read().token_ids == expected
+    assert sample(DeviceSampler(500, 9, DEVICE), logits_SV, company).read().token_ids == expected
 
 
 def test_equals_of_the_best_share_the_draws() -> None:
     """With the logits ln 2 apart and min_p 1, both equals are drawn, and nothing else."""
-    company = [make_sequence(slot=row, temperature=1.0, min_p=1.0, seed=row) for row in range(16)]
-    logits_SV = torch.tensor([0.0, 0.6931472, 0.0, 0.6931472]).expand(16, -1)
-    assert set(sample(DeviceSampler(4, 16, "cpu"), logits_SV, company).read().token_ids) == {1, 3}
+    company = [make_sequence(slot=row, temperature=1.0, min_p=1.0, seed=row) for row in range(8)]
+    logits_SV = torch.tensor([0.0, 0.6931472, 0.0, 0.6931472]).expand(8, -1)
+    assert set(sample(DeviceSampler(4, 8, DEVICE), logits_SV, company).read().token_ids) == {1, 3}
 
 
 @pytest.mark.parametrize("vocab_size", [1, 5, 512, 513, 1000])
@@ -287,7 +289,7 @@ def test_greedy_takes_the_first_of_equals(vocab_size: int) -> None:
     logits_SV[1, vocab_size // 2 :] = 2.0
     logits_SV[2, -1] = 2.0
     company = [make_sequence(temperature=0.0, slot=row) for row in range(3)]
-    sampler = DeviceSampler(vocab_size, 3, "cpu")
+    sampler = DeviceSampler(vocab_size, 3, DEVICE)
     plan = sampler.prepare(company)
     assert plan.is_plain
     assert not plan.draws
@@ -298,17 +300,18 @@ def test_a_plain_plan_goes_through_fixed_arrays() -> None:
     """As a CUDA graph replays it: padded, with cuts and draws captured for all."""
     company = [make_sequence(slot=row, **kind) for row, kind in enumerate([{"temperature": 0.0}, {"temperature": 2.0}])]
     logits_SV = random_logits(4, 300, seed=12)
-    sampler = DeviceSampler(300, 4, "cpu")
+    sampler = DeviceSampler(300, 4, DEVICE)
     expected = sample(sampler, logits_SV, company).read()
     plan = sampler.prepare(company, num_rows=4)
     assert plan.is_plain
     assert (plan.draws, plan.truncates) == (True, False)
-    rows, out = torch.from_numpy(plan.rows), torch.full((2, 4), -7, dtype=torch.int32)
-    sampler.launch(logits_SV, rows, out, draws=True, truncates=True)
+    rows = torch.from_numpy(plan.rows).to(DEVICE)
+    out = torch.full((2, 4), -7, dtype=torch.int32, device=DEVICE)
+    sampler.launch(logits_SV.to(DEVICE), rows, out, draws=True, truncates=True)
     step = sampler.finish(plan, out)
     assert step.token_ids.data_ptr() == out.data_ptr()
     assert step.read() == expected
-    assert sampler.sample(torch.empty(0, 300), sampler.prepare([])).read() == ([], {})
+    assert sampler.sample(torch.empty(0, 300, device=DEVICE), sampler.prepare([])).read() == ([], {})
 
 
 def test_warming_up_runs_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,8 +328,8 @@ def test_warming_up_runs_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
                 return self.kernel[grid]
 
         monkeypatch.setattr(kernels, name, Watched(name, kernel))
-    sampler = DeviceSampler(70, 3, "cpu")
-    sampler.warm_up(torch.zeros(2, 70))
+    sampler = DeviceSampler(70, 3, DEVICE)
+    sampler.warm_up(torch.zeros(2, 70, device=DEVICE))
     assert len(ran) == 8
     assert sampler._words is None
     assert sampler.state_bytes() == 3 * 4 * 3 * 70
@@ -355,20 +358,19 @@ def test_edited_logits_have_the_cpu_samplers_bits() -> None:
         for row, kind in enumerate(kinds)
     ]
     logits_SV = random_logits(len(company), 600, seed=5).half()
-    sampler = DeviceSampler(600, 8, "cpu")
+    sampler = DeviceSampler(600, 8, DEVICE)
     plan = sampler.prepare(company, masks=masks)
     assert plan.edited == list(range(8))
-    tokens = sampler.sample(logits_SV, plan).read().token_ids
+    tokens = sampler.sample(logits_SV.to(DEVICE), plan).read().token_ids
     assert sampler._edited is not None
+    edited = sampler._edited.cpu().numpy()
     for row, sequence in enumerate(company):
         expected = twin.edited_logits(logits_SV[row], sequence, masks.get(row))
-        np.testing.assert_array_equal(sampler._edited[row].numpy(), expected.numpy())
+        np.testing.assert_array_equal(edited[row], expected.numpy())
         allowed = set(np.flatnonzero(np.isfinite(expected.numpy())).tolist())
         assert tokens[row] == twin.draw(logits_SV[row], sequence, allowed, masks.get(row))
-    assert set(np.flatnonzero(np.isfinite(sampler._edited[3].numpy())).tolist()) == {4, 8}, (
-        "stop ids stay: nothing else may come"
-    )
-    assert set(np.flatnonzero(np.isfinite(sampler._edited[6].numpy())).tolist()) == {4, 8}
+    assert set(np.flatnonzero(np.isfinite(edited[3])).tolist()) == {4, 8}, "stop ids stay: nothing else may come"
+    assert set(np.flatnonzero(np.isfinite(edited[6])).tolist()) == {4, 8}
 
 
 PENALTIES: dict[str, Any] = {
@@ -383,7 +385,7 @@ PENALTIES: dict[str, Any] = {
 
 def counted(sampler: DeviceSampler, slot: int) -> dict[int, int]:
     assert sampler._words is not None
-    counts = sampler._words[slot].numpy() & int(kernels.Word.COUNT)
+    counts = sampler._words[slot].cpu().numpy() & int(kernels.Word.COUNT)
     return {token: int(counts[token]) for token in np.flatnonzero(counts).tolist()}
 
 
@@ -392,12 +394,12 @@ def test_tokens_are_counted_before_the_host_has_read_them() -> None:
     logits_SV = random_logits(1, 40, seed=6)
 
     def straight() -> list[int]:
-        sampler, sequence = DeviceSampler(40, 1, "cpu"), make_sequence((1, 7), **PENALTIES)
+        sampler, sequence = DeviceSampler(40, 1, DEVICE), make_sequence((1, 7), **PENALTIES)
         for _ in range(6):
             sequence.token_ids += sample(sampler, logits_SV, [sequence]).read().token_ids
         return sequence.token_ids[2:]
 
-    sampler, sequence = DeviceSampler(40, 1, "cpu"), make_sequence((1, 7), **PENALTIES)
+    sampler, sequence = DeviceSampler(40, 1, DEVICE), make_sequence((1, 7), **PENALTIES)
     in_flight = None
     for i in range(6):
         step = sample(sampler, logits_SV, [sequence], positions=[2 + i])
@@ -411,7 +413,7 @@ def test_tokens_are_counted_before_the_host_has_read_them() -> None:
     assert counted(sampler, 0) == {token: output.count(token) for token in output}
     # With output_token_ids of an earlier attempt, in another slot.
     again = make_sequence((1, 7), output[:3], slot=2, **PENALTIES)
-    elsewhere = DeviceSampler(40, 3, "cpu")
+    elsewhere = DeviceSampler(40, 3, DEVICE)
     for _ in range(3):
         again.token_ids += sample(elsewhere, logits_SV, [again]).read().token_ids
     assert again.token_ids[2:] == output
@@ -421,7 +423,7 @@ def test_tokens_are_counted_before_the_host_has_read_them() -> None:
 def test_a_step_that_is_run_again_counts_anew() -> None:
     """Steps at positions 2 and 3 were launched and failed with somebody else: what they counted is void."""
     logits_SV = random_logits(1, 40, seed=6)
-    sampler, sequence = DeviceSampler(40, 1, "cpu"), make_sequence((1, 7), **PENALTIES)
+    sampler, sequence = DeviceSampler(40, 1, DEVICE), make_sequence((1, 7), **PENALTIES)
     first = sample(sampler, logits_SV, [sequence], positions=[2]).read().token_ids
     sample(sampler, logits_SV, [sequence], positions=[3])
     assert sample(sampler, logits_SV, [sequence], positions=[2]).read().token_ids == first
@@ -434,7 +436,7 @@ def test_min_tokens_holds_again_when_a_step_is_run_again() -> None:
     """The slot was filled when min_tokens was reached, for the bias alone."""
     logits_SV = torch.tensor([[0.0, 5.0, 4.0, 3.0]])
     sequence = make_sequence((3,), (3, 3), temperature=0.0, min_tokens=2, stop_ids=(1,), logit_bias={0: -1.0})
-    sampler = DeviceSampler(4, 1, "cpu")
+    sampler = DeviceSampler(4, 1, DEVICE)
     assert sample(sampler, logits_SV, [sequence]).read().token_ids == [1]
     sequence.token_ids.pop()
     assert sample(sampler, logits_SV, [sequence]).read().token_ids == [2]
@@ -444,7 +446,7 @@ def test_penalties_over_a_run_with_changing_slots() -> None:
     """Sequences come, go, are preempted into other slots; the oracle counts anew each step."""
     random = np.random.default_rng(5)
     vocab_size, num_slots, returned = 41, 3, 0
-    sampler = DeviceSampler(vocab_size, num_slots, "cpu")
+    sampler = DeviceSampler(vocab_size, num_slots, DEVICE)
     running: dict[int, Sequence] = {}
     parked: list[Sequence] = []
     for step in range(16):
@@ -495,9 +497,9 @@ def test_a_bad_row_is_named_as_on_the_cpu_and_flagged_alone(value: float, place:
     kinds: list[dict[str, Any]] = [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 5}]
     company = [make_sequence(slot=row, request_id=f"r{row}", **kind) for row, kind in enumerate(kinds)]
     logits_SV = random_logits(3, 600, seed=10)
-    fine = sample(DeviceSampler(600, 3, "cpu"), logits_SV, company).read().token_ids
+    fine = sample(DeviceSampler(600, 3, DEVICE), logits_SV, company).read().token_ids
     logits_SV[bad, place] = value
-    step = sample(DeviceSampler(600, 3, "cpu"), logits_SV, company)
+    step = sample(DeviceSampler(600, 3, DEVICE), logits_SV, company)
     assert step.token_ids.tolist() == [0 if row == bad else fine[row] for row in range(3)]
     expected = reason(cpu.Sampler(600, 3), logits_SV, company)
     assert f"request r{bad} " in expected
@@ -523,7 +525,7 @@ def test_every_refusal_of_the_cpu_sampler_is_worded_the_same() -> None:
         company = [make_sequence(temperature=0.0, **kind)]
         expected = reason(cpu.Sampler(9, 1), logits_SV, company, **more)
         with np.errstate(over="ignore"):  # the interpreter divides by 1e-44 in numpy
-            assert reason(DeviceSampler(9, 1, "cpu"), logits_SV, company, **more) == expected
+            assert reason(DeviceSampler(9, 1, DEVICE), logits_SV, company, **more) == expected
 
 
 # --------------------------------------------------------------------------------------------------------- logprobs
@@ -534,8 +536,8 @@ def test_logprobs_are_the_cpu_samplers(dtype: torch.dtype) -> None:
     """More rows than fit at once, rows in any order; bfloat16 ties at every cut. The bits do not depend on company."""
     logits_NV = random_logits(6, 700, seed=11).to(dtype)
     rows, token_ids, num_top = [4, 0, 5, 0, 2], [699, 0, 300, 5, 7], [5, 0, 64, 1, 3]
-    sampler = DeviceSampler(700, 2, "cpu")
-    found = sampler.token_logprobs(logits_NV, rows, token_ids, num_top).read()
+    sampler = DeviceSampler(700, 2, DEVICE)
+    found = sampler.token_logprobs(logits_NV.to(DEVICE), rows, token_ids, num_top).read()
     expected = cpu.token_logprobs(logits_NV[rows], token_ids, num_top)
     assert len(found) == 5
     for got, want in zip(found, expected, strict=True):
@@ -543,17 +545,17 @@ def test_logprobs_are_the_cpu_samplers(dtype: torch.dtype) -> None:
         assert got.logprob == pytest.approx(want.logprob, abs=1e-5)
         assert [token for token, _ in got.top] == [token for token, _ in want.top]
         assert [value for _, value in got.top] == pytest.approx([value for _, value in want.top], abs=1e-5)
-    assert sampler.token_logprobs(logits_NV[5:], [0], [300], [64]).read() == found[2:3]
+    assert sampler.token_logprobs(logits_NV[5:].to(DEVICE), [0], [300], [64]).read() == found[2:3]
 
 
 def test_logprobs_of_a_small_vocabulary_and_of_bad_rows() -> None:
     logits_NV = torch.tensor([[1.0, 3.0], [math.nan, 0.0]]).log()
-    sampler = DeviceSampler(2, 4, "cpu")
-    (found,) = sampler.token_logprobs(logits_NV, [0], [0], [9]).read()
+    sampler = DeviceSampler(2, 4, DEVICE)
+    (found,) = sampler.token_logprobs(logits_NV.to(DEVICE), [0], [0], [9]).read()
     assert found.logprob == pytest.approx(math.log(1 / 4), abs=1e-6)
     assert found.top == ((1, pytest.approx(math.log(3 / 4))), (0, pytest.approx(math.log(1 / 4))))
     with pytest.raises(StepFailedError, match=r"row 1 .*nan"):
-        sampler.token_logprobs(logits_NV, [0, 1], [0, 0], [1, 1]).read()
+        sampler.token_logprobs(logits_NV.to(DEVICE), [0, 1], [0, 0], [1, 1]).read()
 
 
 def test_output_logprobs_are_those_of_the_raw_logits() -> None:
@@ -564,7 +566,7 @@ def test_output_logprobs_are_those_of_the_raw_logits() -> None:
         {"logprobs": 0, "top_k": 1, "temperature": 3},
     ]
     company = [make_sequence(slot=row, **{"temperature": 0.0} | kind) for row, kind in enumerate(kinds)]
-    tokens, logprobs = sample(DeviceSampler(4, 3, "cpu"), logits_SV, company).read()
+    tokens, logprobs = sample(DeviceSampler(4, 3, DEVICE), logits_SV, company).read()
     expected = cpu.Sampler(4, 3).sample(logits_SV, company)
     assert tokens == expected.token_ids == [1, 0, 1]
     assert sorted(logprobs) == [1, 2]
