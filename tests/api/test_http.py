@@ -170,6 +170,7 @@ def test_models_health_and_the_rest(client: openai.OpenAI, house: House) -> None
         assert http.post("/detokenize", json={"tokens": ids["tokens"]}).json() == {"prompt": "the quick brown"}
         chat = http.post("/tokenize", json={"messages": [{"role": "user", "content": "hi"}]}).json()
         assert chat["count"] > 5
+        assert http.post("/v1/completions", json={"prompt": "the quick", "max_tokens": 1}).status_code == 200
         metrics = http.get("/metrics").text
         assert 'ragged_serve_replica_kv_blocks{replica="replica0"} 96' in metrics
         assert 'ragged_serve_ledger_events_total{kind="granted"}' in metrics
