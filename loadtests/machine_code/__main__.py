@@ -1,9 +1,10 @@
 """Compile every Triton kernel as it is shipped, without a GPU, and print what the machine code says.
 
 python -m loadtests.machine_code                     the table, for sm_80, sm_90 and sm_100
-python -m loadtests.machine_code --json FILE         also to FILE; tests/kernels/test_machine_code.py compares that with
-                                                     loadtests/machine_code/recorded.json
-python -m loadtests.machine_code --only "decode D128" --capability 90
+python -m loadtests.machine_code --record            also to recorded.json, which the tests compare with
+python -m loadtests.machine_code --only "decode D128" --capability 90 [--record]      some kernels; records only those
+python -m loadtests.machine_code --json FILE         all reports to FILE
+python -m loadtests.machine_code --print             the recorded table; compiles nothing
 """
 
 from __future__ import annotations
@@ -17,33 +18,47 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
+RECORDED = HERE / "recorded.json"
 KERNELS = sorted(file.stem for file in HERE.glob("*.py") if file.stem not in ("__init__", "__main__", "kernel"))
 """The other files of this folder; each has ``kernels(capability) -> list[Kernel]``. New ops add a file, or a line in one."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What the machine code of the Triton kernels says.")
-    parser.add_argument("--json", type=Path, help="write the reports to this file too")
+    parser.add_argument("--record", action="store_true", help="keep the reports in recorded.json")
+    parser.add_argument("--json", type=Path, help="write the reports to this file")
+    parser.add_argument("--print", action="store_true", help="print what is recorded, and compile nothing")
     parser.add_argument("--only", default="", help="kernels whose name holds this")
     parser.add_argument("--capability", type=int, help="80, 90 or 100; all without it")
     arguments = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)  # read when the kernels are imported, which is below
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache
-        from loadtests.machine_code.kernel import CAPABILITIES, compile_kernel, table, to_json
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    from loadtests.machine_code.kernel import CAPABILITIES, compile_kernel, from_json, table, to_json
 
-        reports = []
-        started = time.process_time()
-        for capability in [arguments.capability] if arguments.capability else CAPABILITIES:
+    if arguments.print:
+        print(table(from_json(RECORDED.read_text())[1]))
+        return
+    reports = []
+    shipped = set()
+    started = time.process_time()
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ.setdefault("TRITON_CACHE_DIR", cache)
+        for capability in CAPABILITIES:
             for name in KERNELS:
-                kernels = importlib.import_module(f"loadtests.machine_code.{name}").kernels
-                reports += [compile_kernel(k, capability) for k in kernels(capability) if arguments.only in k.name]
+                for kernel in importlib.import_module(f"loadtests.machine_code.{name}").kernels(capability):
+                    shipped.add((kernel.name, capability))
+                    if arguments.only in kernel.name and arguments.capability in (None, capability):
+                        reports.append(compile_kernel(kernel, capability))
     print(table(reports))
     print(
         f"\n{len(reports)} kernels, {time.process_time() - started:.0f} s of CPU time in this process", file=sys.stderr
     )
     if arguments.json:
         arguments.json.write_text(to_json(reports))
+    if arguments.record:
+        known = from_json(RECORDED.read_text())[1] if RECORDED.exists() else []
+        merged = {(r.name, r.capability): r for r in [*known, *reports]}
+        RECORDED.write_text(to_json([merged[key] for key in sorted(merged.keys() & shipped)]))
 
 
 if __name__ == "__main__":

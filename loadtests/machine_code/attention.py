@@ -9,18 +9,25 @@ from serve_app.kernels.ragged_attention import attention_config
 
 MODULE = "serve_app.kernels.ragged_attention"
 NUM_HEADS, GROUP = 32, 4
+MIN_BLOCKS = {
+    ("prompt", 64): {80: 1, 90: 2, 100: 1},
+    ("prompt", 128): {80: 1, 90: 1, 100: 1},
+    ("prompt", 256): {80: 1, 90: 1, 100: 1},
+    ("decode", 64): {80: 4, 90: 4, 100: 4},
+    ("decode", 128): {80: 2, 90: 3, 100: 3},
+}
+"""Blocks on a multiprocessor, by class and head dim, for each capability."""
 
 
 def kernels(capability: int) -> list[Kernel]:
-    found = []
+    found: list[Kernel] = []
     for head_dim in (64, 128):
-        found += [
-            attention_kernel("prompt", head_dim, capability),
-            attention_kernel("decode", head_dim, capability),
-            merge_kernel(head_dim),
-        ]
-    found.append(attention_kernel("prompt", 128, capability, page=16))
-    found.append(attention_kernel("decode", 128, capability, page=16))
+        found += [attention_kernel(row_class, head_dim, capability) for row_class in ("prompt", "decode")]
+    if capability == 90:  # once, what else a configuration may ask for
+        found.append(attention_kernel("prompt", 256, capability))
+        found.append(attention_kernel("decode", 128, capability, page=16))
+        found.append(attention_kernel("prompt", 128, capability, window=True, soft_cap=True))
+        found.append(merge_kernel(128))
     return found
 
 
@@ -33,7 +40,6 @@ def attention_kernel(
     window: bool = False,
     soft_cap: bool = False,
     dtype: str = "bf16",
-    min_blocks: int | None = None,
 ) -> Kernel:
     torch_type = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     config = attention_config(head_dim, GROUP, torch_type, row_class, (capability // 10, capability % 10))
@@ -46,6 +52,7 @@ def attention_kernel(
     arguments |= dict.fromkeys(("window", "stride_table", "stride_page", "stride_slot", "stride_head"), "i32")
     options = ("" if page == 64 else f" page {page}") + " window" * window + " cap" * soft_cap
     matrix = {"prompt": {80: "mma", 90: "wgmma", 100: "tcgen05"}, "decode": {}}[row_class].get(capability, "mma")
+    ahead = {"AHEAD": config.ahead} if row_class == "prompt" else {}
     return Kernel(
         name=f"attention {row_class} D{head_dim}{options}" + ("" if dtype == "bf16" else f" {dtype}"),
         function=f"{MODULE}:_{row_class}_kernel",
@@ -60,10 +67,11 @@ def attention_kernel(
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "BLOCK_D": head_dim,
-        },
+        }
+        | ahead,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        min_blocks=min_blocks or {"prompt": 1, "decode": 3}[row_class],
+        min_blocks=MIN_BLOCKS[row_class, head_dim][capability],
         must_have=(matrix, "async_copies", "wide_loads") if row_class == "prompt" else (matrix, "async_copies"),
     )
 

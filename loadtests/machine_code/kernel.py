@@ -12,7 +12,7 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class Report:
     """How many find room on a multiprocessor at once."""
     instructions: int
     loop: int
-    """Instructions of the main loop: the first innermost one that multiplies matrices, else the longest; 0: none."""
+    """Instructions of the main loop: the shortest that multiplies matrices (no masks), else the longest; 0: none."""
     mma: int
     wgmma: int
     tcgen05: int
@@ -121,7 +121,7 @@ def _read(kernel: Kernel, capability: int, cubin: bytes, shared: int) -> Report:
         return sum(re.match(pattern, instruction) is not None for instruction in within)
 
     with_products = [body for body in loops if count("HGMMA|HMMA|UTC.*MMA", body)]
-    main = with_products[0] if with_products else max(loops, key=len, default=[])
+    main = min(with_products, key=len) if with_products else max(loops, key=len, default=[])
     registers = int(fields["REG"])
     return Report(
         name=kernel.name,
@@ -170,16 +170,21 @@ def _blocks(capability: int, registers: int, shared: int, num_warps: int) -> int
     return min(by_registers, by_shared, _THREADS // (32 * num_warps), _MAX_BLOCKS)
 
 
-def to_json(reports: list[Report]) -> str:
-    """One line for each report, so that a change reads as one."""
-    return "[\n" + ",\n".join(json.dumps(dataclasses.asdict(report)) for report in reports) + "\n]\n"
+def to_json(reports: Sequence[Report]) -> str:
+    """A report a line, so that a change reads as one."""
+    import triton
+
+    lines = ",\n".join(json.dumps(dataclasses.asdict(report)) for report in reports)
+    return f'{{"triton": "{triton.__version__}", "reports": [\n{lines}\n]}}\n'
 
 
-def from_json(text: str) -> list[Report]:
-    return [Report(**{**entry, "loops": tuple(entry["loops"])}) for entry in json.loads(text)]
+def from_json(text: str) -> tuple[str, list[Report]]:
+    """(version of Triton, reports)."""
+    content = json.loads(text)
+    return content["triton"], [Report(**{**entry, "loops": tuple(entry["loops"])}) for entry in content["reports"]]
 
 
-def table(reports: list[Report]) -> str:
+def table(reports: Sequence[Report]) -> str:
     """Markdown: a row for each kernel and capability."""
     rows = [
         "| kernel | sm | registers | spills | shared KB | blocks / SM | loop | loops | matrix | cp.async | LDG.128 |",

@@ -46,6 +46,8 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     """What Triton's pipeliner is told."""
+    ahead: bool = False
+    """Whether the scores of the next tile are begun before the softmax of this one: where products run beside it."""
 
 
 @triton.jit
@@ -72,10 +74,31 @@ def _slot_offsets(page_ids, i_tile, stride_page, stride_slot, PAGE: tl.constexpr
 
 
 @triton.jit
+def _raw_scores(
+    b_q, p_k, o_slot, i_tile, end_tile, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHECKED: tl.constexpr
+):
+    """[BLOCK_M, BLOCK_N]: q times the keys at ``o_slot``. CHECKED: from end_tile on nothing is read, and it is 0."""
+    # [BLOCK_D, BLOCK_N]
+    o_d = tl.arange(0, BLOCK_D)
+    p_key = p_k + o_slot[None, :] + o_d[:, None]
+    if CHECKED:  # compared as vectors: the interpreter makes an integer of a scalar truth that is broadcast
+        m_d = (o_d < HEAD_DIM) & (tl.full((BLOCK_D,), i_tile, tl.int32) < end_tile)
+        b_k = tl.load(p_key, mask=m_d[:, None], other=0.0)
+    elif BLOCK_D == HEAD_DIM:
+        b_k = tl.load(p_key)
+    else:
+        b_k = tl.load(p_key, mask=(o_d < HEAD_DIM)[:, None], other=0.0)
+    return tl.dot(b_q, b_k, input_precision="tf32x3")
+
+
+@triton.jit
 def _walk(
     b_acc,
     b_max,
     b_sum,
+    b_next,
+    o_slot,
+    page_ids,
     b_q,
     o_position,
     p_k,
@@ -83,6 +106,7 @@ def _walk(
     p_table,
     first_tile,
     last_tile,
+    end_tile,
     length,
     window,
     stride_page,
@@ -96,8 +120,14 @@ def _walk(
     BLOCK_D: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    """Tiles [first_tile, last_tile) of keys into the online softmax (b_acc, b_max, b_sum), which is returned.
+    """Tiles [first_tile, last_tile) of keys, of a walk up to end_tile, into the online softmax (b_acc, b_max, b_sum).
+
+    The ids of pages are asked for a turn before they are used (page_ids on entry), so that no load of keys waits for them.
+    AHEAD: so are the scores. On entry b_next are the raw scores of first_tile, o_slot its slots, and page_ids the pages of
+    the tile behind it; each turn begins the next product before the softmax of this tile, so that the tensor cores have
+    work meanwhile (the overlap of FlashAttention-3, arXiv 2407.08608). The first six arguments are returned.
 
     Not MASKED: every row sees every key of these tiles. Apart from the masks both forms are the same arithmetic in the
     same order, down to what a compiler may fuse: masks are put on the raw scores, before the factor. So a row's bits do
@@ -107,22 +137,20 @@ def _walk(
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < HEAD_DIM
     num_pages = tl.cdiv(length, PAGE)
-    page_ids = _page_ids(p_table, first_tile, num_pages, PAGE, BLOCK_N)
     for i_tile in tl.range(first_tile, last_tile):
-        # [BLOCK_N]
-        o_slot = _slot_offsets(page_ids, i_tile, stride_page, stride_slot, PAGE, BLOCK_N)
-        # The ids of the next tile are asked for a turn early: no load of keys waits for them.
-        page_ids = _page_ids(p_table, i_tile + 1, num_pages, PAGE, BLOCK_N)
+        # b_score [BLOCK_M, BLOCK_N], o_value [BLOCK_N]
+        if AHEAD:
+            b_score = b_next
+            o_value = o_slot
+            o_slot = _slot_offsets(page_ids, i_tile + 1, stride_page, stride_slot, PAGE, BLOCK_N)
+            page_ids = _page_ids(p_table, i_tile + 2, num_pages, PAGE, BLOCK_N)
+            b_next = _raw_scores(b_q, p_k, o_slot, i_tile + 1, end_tile, HEAD_DIM, BLOCK_D, True)
+        else:
+            o_value = _slot_offsets(page_ids, i_tile, stride_page, stride_slot, PAGE, BLOCK_N)
+            page_ids = _page_ids(p_table, i_tile + 1, num_pages, PAGE, BLOCK_N)
+            b_score = _raw_scores(b_q, p_k, o_value, i_tile, end_tile, HEAD_DIM, BLOCK_D, False)
         # [BLOCK_N]
         o_key = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-
-        # [BLOCK_D, BLOCK_N]
-        if BLOCK_D == HEAD_DIM:
-            b_k = tl.load(p_k + o_slot[None, :] + o_d[:, None])
-        else:
-            b_k = tl.load(p_k + o_slot[None, :] + o_d[:, None], mask=m_d[:, None], other=0.0)
-        # [BLOCK_M, BLOCK_N]
-        b_score = tl.dot(b_q, b_k, input_precision="ieee")
         if HAS_CAP:  # tanh(x) = 2 / (1 + exp(-2x)) - 1
             b_score = 2.0 / (1.0 + tl.exp2(b_score * cap_factor)) - 1.0
         if MASKED:
@@ -146,14 +174,14 @@ def _walk(
             m_v = (o_key < length)[:, None]
             if BLOCK_D != HEAD_DIM:
                 m_v = m_v & m_d[None, :]
-            b_v = tl.load(p_v + o_slot[:, None] + o_d[None, :], mask=m_v, other=0.0)
+            b_v = tl.load(p_v + o_value[:, None] + o_d[None, :], mask=m_v, other=0.0)
         elif BLOCK_D == HEAD_DIM:
-            b_v = tl.load(p_v + o_slot[:, None] + o_d[None, :])
+            b_v = tl.load(p_v + o_value[:, None] + o_d[None, :])
         else:
-            b_v = tl.load(p_v + o_slot[:, None] + o_d[None, :], mask=m_d[None, :], other=0.0)
+            b_v = tl.load(p_v + o_value[:, None] + o_d[None, :], mask=m_d[None, :], other=0.0)
         # [BLOCK_M, BLOCK_D]
-        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision="ieee")
-    return b_acc, b_max, b_sum
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_decay[:, None], input_precision="tf32x3")
+    return b_acc, b_max, b_sum, b_next, o_slot, page_ids
 
 
 @triton.jit
@@ -179,11 +207,12 @@ def _attend(
     BLOCK_D: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """Keys [first_key, end_key) for rows that stand at o_position, the first at first_position, the last at length - 1.
 
         tiles  |  window's edge  |    all rows see all    |   diagonal, end  |
-               first           inner                    outer              last
+               first           inner                    outer               end
 
     Returns acc [BLOCK_M, BLOCK_D], and maximum (times log2 e) and sum [BLOCK_M].
     """
@@ -191,27 +220,36 @@ def _attend(
     b_max = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
     first_tile = first_key // BLOCK_N
-    last_tile = tl.cdiv(end_key, BLOCK_N)
-    outer_tile = tl.minimum(tl.minimum(first_position + 1, end_key) // BLOCK_N, last_tile)
+    end_tile = tl.cdiv(end_key, BLOCK_N)
+    outer_tile = tl.minimum(first_position + 1, end_key) // BLOCK_N
     inner_tile = first_tile
+    num_pages = tl.cdiv(length, PAGE)
+    page_ids = _page_ids(p_table, first_tile, num_pages, PAGE, BLOCK_N)
+    if AHEAD:
+        o_slot = _slot_offsets(page_ids, first_tile, stride_page, stride_slot, PAGE, BLOCK_N)
+        page_ids = _page_ids(p_table, first_tile + 1, num_pages, PAGE, BLOCK_N)
+        b_next = _raw_scores(b_q, p_k, o_slot, first_tile, end_tile, HEAD_DIM, BLOCK_D, True)
+    else:  # not used
+        o_slot = 0
+        b_next = 0.0
     if HAS_WINDOW:
-        inner_tile = tl.maximum(tl.cdiv(tl.maximum(length - window, 0), BLOCK_N), first_tile)
         outer_tile = tl.maximum(outer_tile, first_tile)
+        inner_tile = tl.maximum(tl.cdiv(tl.maximum(length - window, 0), BLOCK_N), first_tile)
         inner_tile = tl.minimum(inner_tile, outer_tile)
-        b_acc, b_max, b_sum = _walk(
-            b_acc, b_max, b_sum, b_q, o_position, p_k, p_v, p_table, first_tile, inner_tile, length, window,
-            stride_page, stride_slot, score_factor, cap_factor,
-            True, HAS_WINDOW, HAS_CAP, HEAD_DIM, BLOCK_D, PAGE, BLOCK_N,
+        b_acc, b_max, b_sum, b_next, o_slot, page_ids = _walk(
+            b_acc, b_max, b_sum, b_next, o_slot, page_ids, b_q, o_position, p_k, p_v, p_table,
+            first_tile, inner_tile, end_tile, length, window, stride_page, stride_slot, score_factor, cap_factor,
+            True, HAS_WINDOW, HAS_CAP, HEAD_DIM, BLOCK_D, PAGE, BLOCK_N, AHEAD,
         )  # fmt: skip
-    b_acc, b_max, b_sum = _walk(
-        b_acc, b_max, b_sum, b_q, o_position, p_k, p_v, p_table, inner_tile, outer_tile, length, window,
-        stride_page, stride_slot, score_factor, cap_factor,
-        False, HAS_WINDOW, HAS_CAP, HEAD_DIM, BLOCK_D, PAGE, BLOCK_N,
+    b_acc, b_max, b_sum, b_next, o_slot, page_ids = _walk(
+        b_acc, b_max, b_sum, b_next, o_slot, page_ids, b_q, o_position, p_k, p_v, p_table,
+        inner_tile, outer_tile, end_tile, length, window, stride_page, stride_slot, score_factor, cap_factor,
+        False, HAS_WINDOW, HAS_CAP, HEAD_DIM, BLOCK_D, PAGE, BLOCK_N, AHEAD,
     )  # fmt: skip
-    b_acc, b_max, b_sum = _walk(
-        b_acc, b_max, b_sum, b_q, o_position, p_k, p_v, p_table, outer_tile, last_tile, length, window,
-        stride_page, stride_slot, score_factor, cap_factor,
-        True, HAS_WINDOW, HAS_CAP, HEAD_DIM, BLOCK_D, PAGE, BLOCK_N,
+    b_acc, b_max, b_sum, _, _, _ = _walk(
+        b_acc, b_max, b_sum, b_next, o_slot, page_ids, b_q, o_position, p_k, p_v, p_table,
+        outer_tile, end_tile, end_tile, length, window, stride_page, stride_slot, score_factor, cap_factor,
+        True, HAS_WINDOW, HAS_CAP, HEAD_DIM, BLOCK_D, PAGE, BLOCK_N, AHEAD,
     )  # fmt: skip
     return b_acc, b_max, b_sum
 
@@ -240,6 +278,7 @@ def _prompt_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """Grid (K, T): the heads of a tile side by side, the longest tiles first."""
     i_head = tl.program_id(0)
@@ -269,7 +308,7 @@ def _prompt_kernel(
         b_q, o_position, p_k + i_head * stride_head, p_v + i_head * stride_head,
         p_tables + sequence.to(tl.int64) * stride_table, first_position, first_key, length, length, window,
         stride_page, stride_slot, score_factor, cap_factor,
-        HAS_WINDOW, HAS_CAP, HEAD_DIM, BLOCK_M, BLOCK_D, PAGE, BLOCK_N,
+        HAS_WINDOW, HAS_CAP, HEAD_DIM, BLOCK_M, BLOCK_D, PAGE, BLOCK_N, AHEAD,
     )  # fmt: skip
     b_out = b_acc / b_sum[:, None]
     tl.store(p_out + o_q[:, None] + o_d[None, :], b_out.to(p_out.dtype.element_ty), mask=m_q)
@@ -333,7 +372,7 @@ def _decode_kernel(
             b_q, o_position, p_k + i_head * stride_head, p_v + i_head * stride_head,
             p_tables + sequence.to(tl.int64) * stride_table, length - 1, first_key, end_key, length, window,
             stride_page, stride_slot, score_factor, cap_factor,
-            HAS_WINDOW, HAS_CAP, HEAD_DIM, BLOCK_M, BLOCK_D, PAGE, BLOCK_N,
+            HAS_WINDOW, HAS_CAP, HEAD_DIM, BLOCK_M, BLOCK_D, PAGE, BLOCK_N, False,
         )  # fmt: skip
         if num_splits == 1:
             b_out = b_acc / b_sum[:, None]
@@ -393,13 +432,18 @@ def attention_config(
     as loadtests/machine_code.json records.
     """
     block_d = max(16, triton.next_power_of_2(head_dim))
-    wide = dtype == torch.float32
+    is_float32 = dtype == torch.float32  # three products of tf32 for each; for tests and small models
     if row_class == "decode":
-        block_m = max(16, triton.next_power_of_2(group))
-        return Config(block_m, 32 if wide and block_d >= 128 else 64, 4, 2 if wide or block_d > 128 else 3)
-    if wide or block_d > 128:
-        return Config(64, 32, 4, 2)
-    return Config(128, 64, 8, 3)
+        block_n = 32 if is_float32 or block_d > 128 else 64
+        return Config(max(16, triton.next_power_of_2(group)), block_n, 4, 2 if is_float32 else 3)
+    if is_float32:
+        return Config({256: 16, 128: 32}.get(block_d, 64), 32, 4, 2)
+    has_large_tiles = capability[0] in (9, 10)  # wgmma, tcgen05: operands in shared memory, not in registers
+    if block_d > 128:
+        return Config(128 if has_large_tiles else 64, 32, 8, 2)
+    if block_d == 128:
+        return Config(128, 64, 8, 3, ahead=True) if has_large_tiles else Config(128, 32, 8, 3)
+    return Config(128, 64, 8, 2)
 
 
 def rows_per_tile(head_dim: int, group: int, dtype: torch.dtype, capability: tuple[int, int]) -> int:
@@ -451,7 +495,7 @@ def ragged_attention(
         _prompt_kernel[(num_kv_heads, work.tiles.shape[0])](
             q_NHD, k_cache, v_cache, out_NHD, table, work.tiles, score_factor, cap_factor, sliding_window,
             table.stride(0), stride_page, stride_slot, stride_head,
-            BLOCK_M=prompt.block_m, BLOCK_N=prompt.block_n, **shape,
+            BLOCK_M=prompt.block_m, BLOCK_N=prompt.block_n, AHEAD=prompt.ahead, **shape,
             num_warps=prompt.num_warps, num_stages=prompt.num_stages,
         )  # fmt: skip
     num_splits = work.splits.shape[0]
