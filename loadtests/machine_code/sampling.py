@@ -26,7 +26,7 @@ def kernels(capability: int) -> list[Kernel]:
         sampling_kernel("open", wide),
         sampling_kernel("edit", wide | {"CHUNKS": CHUNKS}),
         sampling_kernel("count", {}, num_warps=1),
-        sampling_kernel("logprob", {"BLOCK": BLOCK, "CHUNKS": CHUNKS, "TOP": 64}),
+        sampling_kernel("logprob", {"BLOCK": 2 * BLOCK, "CHUNKS": CHUNKS, "TOP": 64}),
     ]
     for has_edits in (False, True):
         edits = {"HAS_EDITS": has_edits}

@@ -860,7 +860,7 @@ def logprobs(
         out,
         scratch.vocab_size,
         scratch.num_chunks,
-        BLOCK=BLOCK,
+        BLOCK=2 * BLOCK,
         CHUNKS=triton.next_power_of_2(scratch.num_chunks),
         TOP=(out.shape[1] - 4) // 2,
         num_warps=8,
