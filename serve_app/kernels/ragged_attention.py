@@ -70,7 +70,8 @@ def _slot_offsets(page_ids, i_tile, stride_page, stride_slot, PAGE: tl.constexpr
     else:
         o_page = page_ids.to(tl.int64) * stride_page
         o_slot = tl.arange(0, PAGE) * stride_slot
-        return tl.reshape(o_page[:, None] + o_slot[None, :], (BLOCK_N,))
+        # Said again, since Triton 3.6 forgets it in a reshape and would load two bytes at a time.
+        return tl.multiple_of(tl.reshape(o_page[:, None] + o_slot[None, :], (BLOCK_N,)), 16)
 
 
 @triton.jit
@@ -555,4 +556,5 @@ def _check(q_NHD: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, sc
     assert q_NHD.is_contiguous()
     assert k_cache.stride() == v_cache.stride()
     assert k_cache.stride(3) == 1
+    assert k_cache.stride(0) % 16 == k_cache.stride(1) % 16 == 0
     assert scale > 0, "masks stand before the scale"
