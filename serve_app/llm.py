@@ -62,9 +62,10 @@ class LLM:
         llm = LLM(model="path or hub id", max_num_batched_tokens=512)
         completions = llm.generate(["The capital of France is"], SamplingParams(max_tokens=64))
 
-    ``dtype``: auto, float32, bfloat16 or float16; ``device``: auto or cpu; ``load_format``: auto, or dummy for random
-    weights from the config alone; ``revision``: of a hub repository; ``tokenizer``: a directory, where it is not the
-    model's. Every field of EngineConfig is an option by its name. Raises a StartupError that says what is wrong.
+    ``dtype``: auto, float32, bfloat16 or float16; ``device``: auto (a GPU if there is one), cpu or cuda;
+    ``load_format``: auto, or dummy for random weights from the config alone; ``revision``: of a hub repository;
+    ``tokenizer``: a directory, where it is not the model's. Every field of EngineConfig is an option by its name. Raises
+    a StartupError that says what is wrong.
     """
 
     def __init__(

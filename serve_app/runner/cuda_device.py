@@ -45,6 +45,9 @@ from serve_app.runner.rehearsal import DRAWN, largest_spans, pretend, variants
 
 logger = get_logger(__name__)
 
+LIBRARY_BYTES = 64 << 20
+"""Kept free: the libraries' workspaces of the thread that steps, which is not the one that measured. An estimate."""
+
 GRAPH_BYTES = 8 << 20
 """Kept free for each graph beside its activations: nodes, arguments, the driver's share. An estimate."""
 
@@ -152,7 +155,7 @@ class CudaDevice:
         run = partial(self._rehearse, pretend(spans, config.block_size, sampling=DRAWN))
         run()  # compiles, and loads libraries: memory that stays
         measured = self.gpu.measure(run)
-        reserve = self.sampler.state_bytes()
+        reserve = self.sampler.state_bytes() + LIBRARY_BYTES
         if self.graphs.buckets:
             largest = pretend([(1, 1)] * self.graphs.buckets[-1], config.block_size)
             reserve += self.gpu.measure(partial(self._rehearse, largest)).activations
@@ -211,6 +214,7 @@ class CudaDevice:
 
     def _launch(self, plan: SchedulerOutput) -> LaunchedStep:
         started = time.perf_counter()
+        self.gpu.use()
         self.cache.copy_blocks(plan.block_copies)
         rows = self.batches.arrange(plan)
         work = self._plan_work(plan, rows)

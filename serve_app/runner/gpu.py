@@ -36,6 +36,10 @@ class Gpu(Protocol):
     kernels: str
     """What `ops.select` is asked for."""
 
+    def use(self) -> None:
+        """Make it the calling thread's device: the engine's thread is not the one that loaded the model."""
+        ...
+
     def memory(self) -> tuple[int, int]:
         """(free, total) bytes."""
         ...
@@ -76,6 +80,9 @@ class CudaGpu:
                 " kernels need 8.0 (Ampere) or later. Use device='cpu'"
             )
         self._pool = torch.cuda.graph_pool_handle()
+
+    def use(self) -> None:
+        torch.cuda.set_device(self.device)
 
     def memory(self) -> tuple[int, int]:
         free, total = torch.cuda.mem_get_info(self.device)

@@ -55,8 +55,12 @@ class FakeGpu:
         self.total = total
         self.used = 1 * GIB
         self.activations = 2 * GIB
+        self.num_uses = 0
         self.captured: list[FakeGraph] = []
         self.lost: Exception | None = None
+
+    def use(self) -> None:
+        self.num_uses += 1
 
     def memory(self) -> tuple[int, int]:
         return self.total - self.used, self.total

@@ -56,7 +56,7 @@ def make_gpu_runner(directory: Path, gpu: FakeGpu | None = None, **options: Any)
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(
-        tmp_path_factory.mktemp("model"), "Qwen3ForCausalLM", seed=6, layers=2, heads=3, kv_heads=1, sliding_window=21
+        tmp_path_factory.mktemp("model"), "MistralForCausalLM", seed=6, layers=1, heads=3, kv_heads=1, sliding_window=21
     )
 
 
@@ -409,12 +409,12 @@ def test_fast_mode_is_the_default(gpu_runner: ModelRunner) -> None:
 
 
 def test_blocks_from_the_memory_that_the_profile_step_leaves(directory: Path) -> None:
-    gpu = FakeGpu(total=GIB // 4)
+    gpu = FakeGpu(total=GIB // 2)
     gpu.used, gpu.activations = 0, 2**20
     runner = make_gpu_runner(directory, gpu, num_kv_blocks=None, gpu_memory_utilization=0.75)
-    # 0.75 * 256 MiB = 192 MiB; a step takes 1, the graphs 1 and 8 for each of four.
+    # 0.75 * 512 MiB = 384 MiB; a step takes 1, the libraries 64, the graphs 1 and 8 for each of four.
     size = bytes_per_block(runner.model_config, 16, torch.float32)
-    assert runner.num_kv_blocks == (192 - 1 - 1 - 4 * 8) * 2**20 // size
+    assert runner.num_kv_blocks == (384 - 1 - 64 - 1 - 4 * 8) * 2**20 // size
     assert runner.kv_cache.num_blocks == runner.num_kv_blocks
     gpu = FakeGpu(total=2**25)
     gpu.used = 0
@@ -524,4 +524,7 @@ def test_host_work_per_step_is_arrays(gpu_runner: ModelRunner) -> None:
     engine = make_engine(gpu_runner)
     run(engine, requests())
     assert packed.num_copies - before == engine.recorder.num_steps
+    gpu = device_of(gpu_runner).gpu
+    assert isinstance(gpu, FakeGpu)
+    assert gpu.num_uses >= engine.recorder.num_steps, "the thread that steps may have another device"
     assert isinstance(packed._hosts[0][0].numpy(), np.ndarray)
