@@ -185,7 +185,7 @@ def test_planted_faults_are_seen(
 
 def test_a_prefix_hit_on_another_prompt_is_seen(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hashes that forget their tokens: whoever is as long finds the others' blocks."""
-    monkeypatch.setattr(scheduler_module, "hash_block", lambda parent, token_ids: parent + b"x")
+    monkeypatch.setattr(scheduler_module, "hash_block", lambda parent, token_ids, *tag: parent + b"x")
     engine = make_engine(tiny.runner(16), max_num_seqs=1)
     with pytest.raises(AssertionError, match="transformers says"):
         compare(tiny, engine, IN_ORDER)

@@ -114,7 +114,7 @@ class Decoder:
         k_caches: list[torch.Tensor],
         v_caches: list[torch.Tensor],
     ) -> torch.Tensor:
-        """input_ids int64 [N] -> logits [S, V] of the rows ``logits_indices``, in the model's dtype. Fills the caches."""
+        """input_ids integer [N] -> logits [S, V] of the rows ``logits_indices``, in the model's dtype. Fills the caches."""
         hidden_SE = self.hidden_states(input_ids, metadata, logits_indices, k_caches, v_caches)
         if not hidden_SE.shape[0]:
             return hidden_SE.new_empty(0, self.config.vocab_size)

@@ -129,15 +129,14 @@ class CudaDevice:
         self.state = DeviceState(
             max_seqs,
             num_blocks,
+            num_elements_of(sizes, max_seqs * num_blocks),
             workspace_size(sizes.num_splits, shape.num_heads, shape.head_dim),
             shape.vocab_size,
             self.torch_device,
         )
         self.packed = PackedBatch(
             self.state,
-            num_elements_of(sizes, max_seqs * num_blocks),
             self.max_steps_in_flight + 1,
-            self.torch_device,
             self.gpu.host_buffer,
             self.gpu.event,
         )

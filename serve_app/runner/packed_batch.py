@@ -1,13 +1,19 @@
 """PackedBatch: the arrays of a step in one host buffer, one copy to the device, views of it there. Knows fields and
 offsets; knows no kernel and no graph.
 
-    host   int32, pinned   [ input_ids | positions | slot_mapping | ... | splits | decodes | new block ids )
-    device int32           [ the same, each field at a multiple of 16 bytes, wherever the host had it      )
+    host   int32, pinned                 [ known_ids | id_places | positions | ... | decodes | splits | new blocks )
+    device int32           [ last_tokens | the same, each field at a multiple of 16 bytes                          )
 
-What a launched step has not told the host yet, or what would be too much to copy each time, lives on the device:
+What a launched step has not told the host yet, or what would be too much to copy each time, stays on the device:
 
-    last_tokens  [slots]       the token that each slot sampled last; an input id of -1 - slot is read from there
+    last_tokens  [slots]       the token that each slot sampled last
     tables       [slots, M]    the block table of each slot; a step brings its new entries alone
+
+An input id may stand in either part of the device's buffer: among the known ones, which the host sent, or among the last
+tokens. The host says where (``id_places``), so that one gather takes them all:
+
+    two slots       last_tokens     known_ids    id_places        input ids
+    buffer          [ 61 62 . .  |  7  .  9  . | 4  1  6  . )     7 62 9
 
 Shape suffixes: N tokens, B sequences, S rows whose logits are wanted, R of them that sample, M blocks of the longest
 sequence; tiles, splits, decodes: kernels/work_list.py.
@@ -55,13 +61,14 @@ class Layout:
 
     >>> layout = Layout(Sizes(3, 1, 1, 1, 1, 0, 0))
     >>> layout.fields["positions"], layout.fields["cu_seqlens_q"], layout.fields["seq_lens"]
-    ((4, (3,)), (12, (2,)), (16, (1,)))
+    ((8, (3,)), (16, (2,)), (20, (1,)))
     """
 
     def __init__(self, sizes: Sizes) -> None:
         n, b, s, r, tiles, splits, decodes = sizes
         shapes: dict[str, tuple[int, ...]] = {
-            "input_ids": (n,),
+            "known_ids": (n,),
+            "id_places": (n,),
             "positions": (n,),
             "slot_mapping": (n,),
             "cu_seqlens_q": (b + 1,),
@@ -109,23 +116,28 @@ class DeviceState:
     """What stays on the device from step to step. ``num_workspace``: float32 elements for attention's splits."""
 
     def __init__(
-        self, max_num_seqs: int, max_num_blocks: int, num_workspace: int, vocab_size: int, device: torch.device
+        self,
+        max_num_seqs: int,
+        max_num_blocks: int,
+        num_elements: int,
+        num_workspace: int,
+        vocab_size: int,
+        device: torch.device,
     ) -> None:
         self.vocab_size = vocab_size
         self.row_length = -(-max_num_blocks // 16) * 16
         """M. One stride for every step, and a multiple of 16: neither it nor a bucket makes Triton compile again."""
         self.tables = torch.zeros(max_num_seqs, self.row_length, dtype=torch.int32, device=device)
-        self.last_tokens = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
+        self.first_field = _aligned(max_num_seqs)
+        """Where in the buffer the packed fields begin."""
+        self.buffer = torch.zeros(self.first_field + num_elements, dtype=torch.int32, device=device)
+        self.last_tokens = self.buffer[:max_num_seqs]
+        self.fields = self.buffer[self.first_field :]
         self.workspace = torch.empty(num_workspace, dtype=torch.float32, device=device)
 
     def input_ids(self, inputs: StepInputs) -> torch.Tensor:
-        """int64 [N]: the known ids, and the tokens that were sampled last where the host does not know them yet.
-
-        With last_tokens 50, 51, 52 the ids 7, -3, 9 are 7, 52, 9.
-        """
-        known = inputs.fields["input_ids"].long()
-        slots = (-1 - known).clamp_(min=0)
-        return torch.where(known < 0, self.last_tokens[slots].long(), known)
+        """int32 [N]: the known ids, and the tokens that were sampled last where the host does not know them yet."""
+        return self.buffer.index_select(0, inputs.fields["id_places"])
 
     def metadata(self, inputs: StepInputs) -> AttentionMetadata:
         """With the block tables of this step's sequences, [B, M]."""
@@ -151,7 +163,7 @@ class DeviceState:
 
 
 class PackedBatch:
-    """Host buffers in a ring, and the device buffer. ``num_buffers``: steps that may be under way, and the next one.
+    """Host buffers in a ring, each copied into the state's. ``num_buffers``: steps that may be under way, and the next one.
 
     ``host_buffer``: makes a flat int32 CPU tensor, pinned if there is a GPU. ``event``: makes something with ``record``
     and ``synchronize``, so that no buffer is filled anew before its copy is done.
@@ -160,29 +172,26 @@ class PackedBatch:
     def __init__(
         self,
         state: DeviceState,
-        num_elements: int,
         num_buffers: int,
-        device: torch.device,
         host_buffer: Callable[[int], torch.Tensor],
         event: Callable[[], Event],
     ) -> None:
         self.state = state
-        self.device_buffer = torch.zeros(num_elements, dtype=torch.int32, device=device)
-        self._hosts = [(host_buffer(num_elements), event()) for _ in range(num_buffers)]
+        self._hosts = [(host_buffer(len(state.fields)), event()) for _ in range(num_buffers)]
         self._next = 0
         self.num_copies = 0
 
     def inputs_of(self, layout: Layout, max_query_len: int, max_seq_len: int) -> StepInputs:
         """The views of a layout; those of a bucket are made once."""
-        fields = layout.views(self.device_buffer)
+        fields = layout.views(self.state.fields)
         work = Work(fields["tiles"], fields["splits"], fields["decodes"], fields["counts"], self.state.workspace)
         return StepInputs(fields, work, max_query_len, max_seq_len)
 
     def send(self, layout: Layout, rows: Rows, work: WorkList, sampling: Int32Array) -> None:
         """Fills the next host buffer, and queues its one copy and the new entries of the block tables.
 
-        The layout may be larger than the step: padded rows have input id 0, position 0, slot -1 (so they write
-        nothing) and belong to no sequence; padded sequences have no rows; padded work has sequence -1.
+        The layout may be larger than the step: padded rows have slot -1 (so they write nothing), whatever token stands
+        first, and belong to no sequence; padded sequences have no rows; padded work has sequence -1.
         """
         host, copied = self._hosts[self._next]
         self._next = (self._next + 1) % len(self._hosts)
@@ -193,22 +202,29 @@ class PackedBatch:
         if end + 2 * _aligned(num_new) > len(host):
             raise ValueError(f"a step of {end} elements and {num_new} new blocks exceeds the buffer of {len(host)}")
         array = host.numpy()
-        self._fill(layout.arrays(array), rows, work, sampling)
+        self._fill(layout, layout.arrays(array), rows, work, sampling)
         first_id = end + _aligned(num_new)
         array[end : end + num_new] = places
         array[first_id : first_id + num_new] = block_ids
         used = first_id + num_new
-        self.device_buffer[:used].copy_(host[:used], non_blocking=True)
+        sent = self.state.fields
+        sent[:used].copy_(host[:used], non_blocking=True)
         copied.record()
         self.num_copies += 1
         if num_new:
-            self.state.learn(self.device_buffer[end : end + num_new], self.device_buffer[first_id : first_id + num_new])
+            self.state.learn(sent[end : end + num_new], sent[first_id : first_id + num_new])
 
-    def _fill(self, fields: dict[str, Int32Array], rows: Rows, work: WorkList, sampling: Int32Array) -> None:
+    def _fill(
+        self, layout: Layout, fields: dict[str, Int32Array], rows: Rows, work: WorkList, sampling: Int32Array
+    ) -> None:
         sampled_slots = [sequence.slot for sequence in rows.sampling]
         end = rows.cu_seqlens[-1]
+        ids = np.array(rows.input_ids)
+        first_known = self.state.first_field + layout.fields["known_ids"][0]
+        id_places = np.where(ids < 0, -1 - ids, np.arange(first_known, first_known + len(ids)))
         for name, values, padding in (
-            ("input_ids", rows.input_ids, 0),
+            ("known_ids", ids, 0),
+            ("id_places", id_places, 0),
             ("positions", rows.positions, 0),
             ("slot_mapping", rows.slot_mapping, -1),
             ("cu_seqlens_q", rows.cu_seqlens, end),

@@ -243,8 +243,8 @@ def test_a_padded_row_that_writes_is_seen(gpu_runner: ModelRunner, monkeypatch: 
     packed = device_of(gpu_runner).packed
     fill = packed._fill
 
-    def wrong(fields: Any, rows: Any, work: Any, sampling: Any) -> None:
-        fill(fields, rows, work, sampling)
+    def wrong(layout: Any, fields: Any, rows: Any, work: Any, sampling: Any) -> None:
+        fill(layout, fields, rows, work, sampling)
         fields["slot_mapping"][rows.num_tokens :] = 16 * 39
 
     monkeypatch.setattr(packed, "_fill", wrong)
@@ -395,6 +395,23 @@ def test_deterministic_mode_goes_by_position(
     run(make_engine(runner), [make_request("a", [5], max_tokens=1)])
     assert works[0][1].counts.tolist() == [1, 0, 0, 0]
     assert device.graphs.num_replays == before
+
+
+@pytest.mark.parametrize("mode", [False, True], ids=["fast", "deterministic"])
+def test_a_block_is_reused_as_the_class_it_was_computed_in(
+    directory: Path, gpu_runner: ModelRunner, mode: bool
+) -> None:
+    """40 prompt tokens and 30 of output fill 2 blocks of prompt, one of both and one of output. Fast mode reuses all."""
+    runner = make_gpu_runner(directory, deterministic=True) if mode else gpu_runner
+    engine = make_engine(runner)
+    first = make_request("a", prompt_of(40), max_tokens=30)
+    output = run(engine, [first])["a", 0].token_ids
+    turn = make_request("b", [*prompt_of(40), *output, 7], max_tokens=1)
+    assert run(engine, [turn])["b", 0].num_cached_tokens == (32 if mode else 64)
+    again = make_request("a", prompt_of(40), output=output[:29], max_tokens=30)
+    assert run(engine, [again])["a", 0].token_ids == output[29:]
+    # From 64 on it was computed; before, found, with or without classes.
+    assert engine.recorder.records[-1].sequences[0].start == 64
 
 
 def test_fast_mode_is_the_default(gpu_runner: ModelRunner) -> None:

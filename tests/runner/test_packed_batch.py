@@ -29,7 +29,9 @@ CPU = torch.device("cpu")
 
 
 def make_packed(num_elements: int = 4000, num_buffers: int = 3) -> tuple[PackedBatch, list[FakeEvent]]:
-    state = DeviceState(max_num_seqs=4, max_num_blocks=5, num_workspace=64, vocab_size=100, device=CPU)
+    state = DeviceState(
+        max_num_seqs=3, max_num_blocks=5, num_elements=num_elements, num_workspace=64, vocab_size=100, device=CPU
+    )
     events: list[FakeEvent] = []
 
     def event() -> FakeEvent:
@@ -39,7 +41,7 @@ def make_packed(num_elements: int = 4000, num_buffers: int = 3) -> tuple[PackedB
     def host_buffer(num: int) -> torch.Tensor:
         return torch.full((num,), -999, dtype=torch.int32)
 
-    return PackedBatch(state, num_elements, num_buffers, CPU, host_buffer, event), events
+    return PackedBatch(state, num_buffers, host_buffer, event), events
 
 
 def make_plan(*items: tuple[Sequence, int, int]) -> SchedulerOutput:
@@ -81,9 +83,8 @@ def test_worked_example() -> None:
     packed.state.last_tokens[0] = 44
     inputs, work = send(packed, BatchBuilder(4, 20, 4), make_plan((a, 3, 4), (b, 4, 1), (c, 0, 2)))
     fields = inputs.fields
-    assert fields["input_ids"].tolist() == [33, 34, 35, 36, -1, 50, 51]
+    assert fields["id_places"].tolist() == [4, 5, 6, 7, 0, 9, 10]  # behind three slots, aligned
     assert packed.state.input_ids(inputs).tolist() == [33, 34, 35, 36, 44, 50, 51]
-    assert packed.state.input_ids(inputs).dtype == torch.int64
     metadata = packed.state.metadata(inputs)
     assert metadata.positions.tolist() == [3, 4, 5, 6, 4, 0, 1]
     assert metadata.cu_seqlens_q.tolist() == [0, 4, 5, 7]
@@ -97,6 +98,8 @@ def test_worked_example() -> None:
     for name in ("tiles", "splits", "decodes", "counts"):
         assert np.array_equal(getattr(metadata.work, name).numpy(), getattr(work, name))
     assert packed.num_copies == 1
+    for field in fields.values():  # behind three slots as well
+        assert (field.data_ptr() - packed.state.buffer.data_ptr()) % 16 == 0
 
 
 def test_every_field_is_aligned_and_contiguous() -> None:
@@ -163,7 +166,7 @@ def test_sampled_tokens_are_found_by_the_next_step_in_whatever_order() -> None:
     state.keep_tokens(torch.tensor([1], dtype=torch.int32), torch.tensor([63], dtype=torch.int32))
     a, b, c = abc()
     inputs, _ = send(packed, BatchBuilder(4, 20, 4), make_plan((b, 4, 1), (c, 2, 1), (a, 9, 1)))
-    assert inputs.fields["input_ids"].tolist() == [-1, -2, -3]
+    assert inputs.fields["id_places"].tolist() == [0, 1, 2]
     assert state.input_ids(inputs).tolist() == [62, 63, 61]
     # Known tokens in front of it, after a preemption.
     inputs, _ = send(packed, BatchBuilder(4, 20, 4), make_plan((b, 1, 4)))
@@ -188,11 +191,12 @@ def test_padding_is_no_sequence_writes_nothing_and_has_no_work() -> None:
     c.token_ids.append(52)
     builder = BatchBuilder(4, 20, 4)
     sizes = Sizes(4, 4, 4, 4, 0, 8, 4)
-    packed.device_buffer.fill_(12345)
+    packed.state.fields.fill_(12345)
+    packed.state.last_tokens[0] = 44
     for _ in range(2):  # what a larger step left there must go
         inputs, _ = send(packed, builder, make_plan((b, 4, 1), (c, 2, 1)), sizes)
         fields = {name: field.tolist() for name, field in inputs.fields.items()}
-        assert fields["input_ids"] == [-1, 52, 0, 0]
+        assert packed.state.input_ids(inputs).tolist() == [44, 52, 44, 44]
         assert fields["positions"] == [4, 2, 0, 0]
         assert fields["slot_mapping"] == [2 * 4, 6 * 4 + 2, -1, -1]
         assert fields["cu_seqlens_q"] == [0, 1, 2, 2, 2]
@@ -201,7 +205,7 @@ def test_padding_is_no_sequence_writes_nothing_and_has_no_work() -> None:
         assert fields["counts"] == [0, 2, 2, 0]
         assert [entry[0] for entry in fields["splits"]] == [0, 1] + [-1] * 6
         assert [entry[0] for entry in fields["decodes"]] == [0, 1, -1, -1]
-        full = [make_sequence(str(i), [i], slot=i, block_ids=[i], output=(1,)) for i in range(4)]
+        full = [make_sequence(str(i), [i], slot=i, block_ids=[i], output=(1,)) for i in range(3)]
         send(packed, builder, make_plan(*((s, 1, 1) for s in full)), sizes)
 
 
