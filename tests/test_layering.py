@@ -87,6 +87,8 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("kernels/few_rows.py", DEVICE),
     ("kernels/linear.py", DEVICE),
     ("kernels/cpu.py", DEVICE),
+    ("kernels/sampling_rows.py", DEVICE),
+    ("kernels/sampling_cut.py", DEVICE),
     ("kernels/*.py", DEVICE),  # one file per Triton op; they may not import each other
     ("kernels/cuda_linear.py", DEVICE),
     ("kernels/cuda.py", DEVICE),

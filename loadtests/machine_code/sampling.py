@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from loadtests.machine_code.kernel import Kernel
-from serve_app.kernels.sampling import BLOCK, CAPACITY, CHUNK
+from serve_app.kernels.sampling_rows import BLOCK, CAPACITY, CHUNK
 
-MODULE = "serve_app.kernels.sampling"
 VOCAB_SIZE = 128_256
 CHUNKS = 32
 """VOCAB_SIZE / CHUNK, up to a power of two."""
+
+FILES = {"cut": "sampling_cut"} | dict.fromkeys(("open", "edit", "count"), "sampling_edits")
+"""Where a kernel is that is not in sampling.py."""
 
 INTEGERS = ("p_params", "p_best_ids", "p_flags", "p_raw_flags", "p_ids", "p_cuts", "p_out", "p_state", "p_open")
 FLOATS = ("p_edited", "p_maxima", "p_scores", "p_values", "p_bias")
@@ -43,12 +45,13 @@ def kernels(capability: int) -> list[Kernel]:
 def sampling_kernel(name: str, constants: dict[str, object], *, num_warps: int = 8) -> Kernel:
     import importlib
 
-    function = getattr(importlib.import_module(MODULE), f"{name}_kernel")
+    module = f"serve_app.kernels.{FILES.get(name, 'sampling')}"
+    function = getattr(importlib.import_module(module), f"{name}_kernel")
     names = [parameter for parameter in function.arg_names if parameter not in constants]
     options = [key.lower().removeprefix("has_") for key, value in constants.items() if value is True]
     return Kernel(
         name=" ".join([f"sampling {name}", *options]),
-        function=f"{MODULE}:{name}_kernel",
+        function=f"{module}:{name}_kernel",
         arguments={parameter: POINTERS.get(parameter, "i32") for parameter in names},
         constants=constants,
         num_warps=num_warps,

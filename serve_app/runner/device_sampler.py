@@ -1,4 +1,4 @@
-"""Logits -> tokens on a GPU, without waiting for it. Knows sampling parameters and slots; kernels/sampling.py computes.
+"""Logits -> tokens on a GPU, without waiting for it. Knows sampling parameters and slots; kernels/sampling*.py compute.
 
 Same order of operations, parameters and errors as runner/sampler.py. By design the tokens of a row that samples are
 others: there one uniform number goes through the inverse CDF, here every token of the vocabulary has a number of its own
@@ -34,8 +34,9 @@ import torch
 from serve_app.engine.request import MAX_LOGPROBS, SamplingParams, TokenLogprobs
 from serve_app.engine.sequence import Sequence
 from serve_app.errors import StepFailedError
-from serve_app.kernels import sampling as kernels
-from serve_app.kernels.sampling import NUM_FIELDS, Edit, Field, Flag, Word
+from serve_app.kernels import sampling, sampling_cut, sampling_edits
+from serve_app.kernels.sampling_edits import Edit, Word
+from serve_app.kernels.sampling_rows import NUM_FIELDS, Field, Flag, Scratch
 from serve_app.runner.sampler import MIN_TEMPERATURE, SampledTokens
 
 IntArray = npt.NDArray[np.int32]
@@ -47,7 +48,7 @@ class SamplingPlan:
 
     sequences: list[Sequence]
     rows: IntArray
-    """[num_rows, 16], C order: the packed parameters (kernels.sampling.Field), to go to the device as they are."""
+    """[num_rows, 16], C order: the packed parameters (sampling_rows.Field), to go to the device as they are."""
     draws: bool = False
     """Some row is not greedy."""
     truncates: bool = False
@@ -154,7 +155,7 @@ class DeviceSampler:
         self.vocab_size = vocab_size
         self.max_num_seqs = max_num_seqs
         self.device = torch.device(device)
-        self._scratch = kernels.Scratch(vocab_size, max_num_seqs, self.device)
+        self._scratch = Scratch(vocab_size, max_num_seqs, self.device)
         self._owners: list[Sequence | None] = [None] * max_num_seqs
         """Whose parameters stand in each slot of the next four."""
         self._packed = np.zeros((max_num_seqs, NUM_FIELDS), dtype=np.int32)
@@ -321,7 +322,7 @@ class DeviceSampler:
         edited = self._edit(logits_SV, plan, rows) if plan.edited else None
         self._launch(logits_SV, rows, out, edited, draws=plan.draws, truncates=plan.truncates)
         if plan.edited and self._words is not None:
-            kernels.count(rows, out, self._words)
+            sampling_edits.count(rows, out, self._words)
         return self.finish(plan, out, logits_SV)
 
     def launch(
@@ -343,12 +344,12 @@ class DeviceSampler:
         draws: bool,
         truncates: bool,
     ) -> None:
-        kernels.scan(logits_SV, rows, self._scratch, edited)
+        sampling.scan(logits_SV, rows, self._scratch, edited)
         if truncates:
-            kernels.cut(logits_SV, rows, self._scratch, edited)
+            sampling_cut.cut(logits_SV, rows, self._scratch, edited)
         if draws:
-            kernels.draw(logits_SV, rows, self._scratch, edited, has_cuts=truncates)
-        kernels.choose(rows, self._scratch, out, has_edits=edited is not None, draws=draws)
+            sampling.draw(logits_SV, rows, self._scratch, edited, has_cuts=truncates)
+        sampling.choose(rows, self._scratch, out, has_edits=edited is not None, draws=draws)
 
     def finish(self, plan: SamplingPlan, out: torch.Tensor, logits_SV: torch.Tensor | None = None) -> SampledStep:
         """The step whose `launch` (or the graph that holds it) has filled ``out``; the logits if some rows ask."""
@@ -390,7 +391,7 @@ class DeviceSampler:
             targets = np.stack((token_ids[part], num_top[part]), axis=1).astype(np.int32)
             words = torch.empty((len(params), 4 + 2 * MAX_LOGPROBS), dtype=torch.int32, device=self.device)
             on_device = self._to_device(targets)
-            kernels.logprobs(
+            sampling.logprobs(
                 logits_NV,
                 self._to_device(params),
                 self._scratch,
@@ -407,7 +408,7 @@ class DeviceSampler:
         masks = None if plan.masks is None else self._to_device(plan.masks.view(np.uint8))
         # Where nobody has a state or a mask, no row's edits make the kernel read one, so one word will do.
         nothing = rows.view(-1)[:1]
-        kernels.edit(
+        sampling_edits.edit(
             logits_SV,
             rows,
             self._scratch,
@@ -447,8 +448,10 @@ class DeviceSampler:
             for draws, truncates in ((False, False), (True, False), (True, True)):
                 self._launch(logits_SV, on_device, out, edited, draws=draws, truncates=truncates)
         masks = state.view(torch.uint8)
-        kernels.edit(logits_SV, on_device, self._scratch, floats, state=state, bias=floats, masks=masks, some_wait=True)
-        kernels.count(on_device, out, state)
+        sampling_edits.edit(
+            logits_SV, on_device, self._scratch, floats, state=state, bias=floats, masks=masks, some_wait=True
+        )
+        sampling_edits.count(on_device, out, state)
         self.token_logprobs(logits_SV, [0], [0], [1])
         if self.device.type != "cpu":
             torch.cuda.synchronize(self.device)

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from serve_app.engine.sequence import Sequence
 from serve_app.errors import StepFailedError
-from serve_app.kernels import sampling as kernels
+from serve_app.kernels import sampling as kernels, sampling_cut, sampling_edits, sampling_rows
 from serve_app.runner import sampler as cpu
 from serve_app.runner.device_sampler import DeviceSampler, SampledStep
 from tests.runner import sampling_twin as twin
@@ -30,9 +30,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def blocks(patch: pytest.MonkeyPatch, size: int, capacity: int = 8192) -> None:
     """Blocks of ``size`` tokens, in samplers that are made from now on."""
-    patch.setattr(kernels, "CHUNK", size)
-    patch.setattr(kernels, "BLOCK", size)
-    patch.setattr(kernels, "CAPACITY", capacity)
+    patch.setattr(sampling_rows, "CHUNK", size)
+    patch.setattr(sampling_rows, "BLOCK", size)
+    patch.setattr(sampling_rows, "CAPACITY", capacity)
 
 
 @pytest.fixture(autouse=True)
@@ -316,8 +316,9 @@ def test_a_plain_plan_goes_through_fixed_arrays() -> None:
 
 def test_warming_up_runs_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = set()
-    for name in [name for name in vars(kernels) if name.endswith("_kernel")]:
-        kernel = getattr(kernels, name)
+    files = (kernels, sampling_cut, sampling_edits)
+    for file, name in [(place, name) for place in files for name in vars(place) if name.endswith("_kernel")]:
+        kernel = getattr(file, name)
 
         class Watched:
             def __init__(self, name: str, kernel: Any) -> None:
@@ -327,7 +328,7 @@ def test_warming_up_runs_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
                 ran.add(self.name)
                 return self.kernel[grid]
 
-        monkeypatch.setattr(kernels, name, Watched(name, kernel))
+        monkeypatch.setattr(file, name, Watched(name, kernel))
     sampler = DeviceSampler(70, 3, DEVICE)
     sampler.warm_up(torch.zeros(2, 70, device=DEVICE))
     assert len(ran) == 8
@@ -385,7 +386,7 @@ PENALTIES: dict[str, Any] = {
 
 def counted(sampler: DeviceSampler, slot: int) -> dict[int, int]:
     assert sampler._words is not None
-    counts = sampler._words[slot].cpu().numpy() & int(kernels.Word.COUNT)
+    counts = sampler._words[slot].cpu().numpy() & int(sampling_edits.Word.COUNT)
     return {token: int(counts[token]) for token in np.flatnonzero(counts).tolist()}
 
 
