@@ -41,17 +41,12 @@ class Heads(NamedTuple):
 class Cache:
     """K and V of one layer, [blocks, block_size, K, D] as seen by index, the engine's layout, random."""
 
-    def __init__(self, setup: Setup, num_tokens: int, block_size: int, heads: Heads, fill: float | None = None) -> None:
+    def __init__(self, setup: Setup, num_tokens: int, block_size: int, heads: Heads) -> None:
         self.block_size = block_size
         self.num_blocks = -(-num_tokens // block_size)
         shape = (self.num_blocks, heads.num_kv_heads, block_size, heads.head_dim)
         self.k, self.v = (
-            (
-                torch.randn(shape, dtype=setup.dtype, device=setup.device)
-                if fill is None
-                else torch.full(shape, fill, dtype=setup.dtype, device=setup.device)
-            ).permute(0, 2, 1, 3)
-            for _ in range(2)
+            torch.randn(shape, dtype=setup.dtype, device=setup.device).permute(0, 2, 1, 3) for _ in range(2)
         )
 
 
@@ -254,8 +249,11 @@ def check_bits(setup: Setup) -> list[Row]:
 # ---- speed ----------------------------------------------------------------------------------------------------------
 
 
-def bench_decode(setup: Setup, meter: Meter) -> list[Row]:
-    """Batches of one row each. GB/s counts K and V, read once."""
+def bench_decode(setup: Setup, meter: Meter, rows: list[Row]) -> None:
+    """Into ``rows``, so that a failure keeps what was measured before it.
+
+    Batches of one row each. GB/s counts K and V, read once.
+    """
     shapes = [Heads(4, 2, 16), Heads(2, 2, 16)]
     pages: tuple[int, ...] = (16,)
     grid = [(1, 40), (2, 17)]
@@ -263,9 +261,7 @@ def bench_decode(setup: Setup, meter: Meter) -> list[Row]:
         shapes, pages = [Heads(32, 8, 128), Heads(16, 8, 128)], (64, 16)
         grid = [(batch, context) for context in (512, 2048, 8192) for batch in (1, 8, 32, 128, 256)]
         grid += [(1, 32_768), (1, 131_072)]
-    rows: list[Row] = []
     largest = max(batch * context for batch, context in grid)
-    print_head = True
     for heads in shapes:
         for page in pages:
             cache = Cache(setup, _pool_tokens(setup, heads, largest, page), page, heads)
@@ -281,13 +277,12 @@ def bench_decode(setup: Setup, meter: Meter) -> list[Row]:
                 if page == pages[0] and heads == shapes[0] and len(set(spans)) == 1:
                     row |= _sdpa_decode(setup, meter, heads, len(spans), spans[0][0] + 1, cache)
                 rows.append(with_theory(row))
-                _print_one(rows[-1], DECODE_COLUMNS, print_head)
-                print_head = False
+                print_rows(rows[-1:], DECODE_COLUMNS, name_width=NAME_WIDTH, with_head=len(rows) == 1)
             del cache
             release()
-    return rows
 
 
+NAME_WIDTH = 42
 DECODE_COLUMNS = (
     ("us", "us", ".1f"),
     ("us_again", "again", ".1f"),
@@ -372,8 +367,11 @@ def _by_backend(setup: Setup, meter: Meter, launches: Sequence[Callable[[], obje
     return found
 
 
-def bench_prefill(setup: Setup, meter: Meter) -> list[Row]:
-    """Prompts, fresh and behind a context; TFLOP/s counts visible pairs alone."""
+def bench_prefill(setup: Setup, meter: Meter, rows: list[Row]) -> None:
+    """Into ``rows``, so that a failure keeps what was measured before it.
+
+    Prompts, fresh and behind a context. TFLOP/s counts visible pairs alone.
+    """
     ragged = [(0, rows) for rows in (448, 64, 320, 200, 256, 136, 400, 224)]  # 2,048 tokens
     shapes, page = [Heads(32, 8, 128), Heads(16, 8, 128)], 64
     cases: dict[str, list[Span]] = {
@@ -387,7 +385,6 @@ def bench_prefill(setup: Setup, meter: Meter) -> list[Row]:
     if setup.tiny:
         shapes, page = [Heads(4, 2, 16)], 16
         cases = {"20": [(0, 20)], "2k after 8k": [(20, 5)], "2 ragged": [(0, 7), (0, 3)]}
-    rows: list[Row] = []
     for heads in shapes:
         for name, spans in cases.items():
             if setup.is_time_up():
@@ -416,9 +413,8 @@ def bench_prefill(setup: Setup, meter: Meter) -> list[Row]:
             if len(set(spans)) == 1:
                 row |= _sdpa_prefill(setup, meter, heads, spans, floor.flops)
             rows.append(with_theory(row))
-            _print_one(rows[-1], PREFILL_COLUMNS, len(rows) == 1)
+            print_rows(rows[-1:], PREFILL_COLUMNS, name_width=NAME_WIDTH, with_head=len(rows) == 1)
             release()
-    return rows
 
 
 PREFILL_COLUMNS = (
@@ -453,15 +449,3 @@ def _sdpa_prefill(setup: Setup, meter: Meter, heads: Heads, spans: Sequence[Span
         launches.append(_sdpa(q, k, v, enable_gqa=not start, **options))
     found = _by_backend(setup, meter, launches)
     return {name: flops / (us / 1e6) / 1e12 for name, us in found.items() if not (start and name == "cudnn")}
-
-
-def _print_one(row: Row, columns: Sequence[tuple[str, str, str]], with_head: bool) -> None:
-    padded = row | {"name": f"{row['name']:44}"}
-    if with_head:
-        print_rows([padded], columns)
-    else:
-        cells = "".join(
-            f"{'-' if row.get(key) is None else format(row[key], form):>{max(9, len(heading) + 2)}}"
-            for key, heading, form in columns
-        )
-        print(f"{row['name']:46}{cells}{'  eager' if row.get('eager') else ''}", flush=True)

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent)]
+# Not this folder, which a script's path begins with: its modules have names that others may have too.
+sys.path[:] = [str(HERE.parent.parent), str(HERE.parent), *(path for path in sys.path if path != str(HERE))]
 
 from loadtests import systems  # noqa: E402
 from loadtests.gpu_bench import theory  # noqa: E402

@@ -177,10 +177,13 @@ def row_of(name: str, timing: Timing, floor: Floor, ceilings: Ceilings) -> Row:
     }
 
 
-def print_rows(rows: Sequence[Row], columns: Sequence[tuple[str, str, str]]) -> None:
+def print_rows(
+    rows: Sequence[Row], columns: Sequence[tuple[str, str, str]], *, name_width: int = 0, with_head: bool = True
+) -> None:
     """``columns``: (key, heading, format). A value that is missing or None is a dash."""
-    name_width = max((len(row["name"]) for row in rows), default=0) + 2
-    print(" " * name_width + "".join(f"{heading:>{_width(heading)}}" for _, heading, _ in columns))
+    name_width = max([name_width, *(len(row["name"]) for row in rows)]) + 2
+    if with_head:
+        print(" " * name_width + "".join(f"{heading:>{_width(heading)}}" for _, heading, _ in columns))
     for row in rows:
         cells = ""
         for key, heading, form in columns:
@@ -190,7 +193,7 @@ def print_rows(rows: Sequence[Row], columns: Sequence[tuple[str, str, str]]) -> 
 
 
 def _width(heading: str) -> int:
-    return max(9, len(heading) + 2)
+    return max(10, len(heading) + 2)
 
 
 THEORY_COLUMNS = (("mbytes", "MB", ".1f"), ("gflop", "GFLOP", ".3g"), ("floor_us", "floor us", ".1f"))

@@ -72,13 +72,12 @@ OP_COLUMNS = (
 )
 
 
-def bench_ops(setup: Setup, meter: Meter) -> list[Row]:
+def bench_ops(setup: Setup, meter: Meter, rows: list[Row]) -> None:
     """Norms, rope with the cache's write, and the MLP's gate, of the 8B shape."""
     counts = (3,) if setup.tiny else (1, 256, 2048)
     hidden, wide = (64, 80) if setup.tiny else (LLAMA_8B.hidden_size, LLAMA_8B.intermediate_size)
     heads = Heads(4, 2, 16) if setup.tiny else Heads(LLAMA_8B.num_heads, LLAMA_8B.num_kv_heads, LLAMA_8B.head_dim)
     size = setup.dtype.itemsize
-    rows: list[Row] = []
 
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, dtype=setup.dtype, device=setup.device)
@@ -121,7 +120,6 @@ def bench_ops(setup: Setup, meter: Meter) -> list[Row]:
         name = f"qk norm, rope, write {heads}, {num} rows"
         add(name, Floor(2 * size * num * width, 10 * num * width), rope)
         add(f"silu_mul {wide}, {num} rows", Floor(size * 3 * num * wide, 5 * num * wide), gate)
-    return rows
 
 
 def _rope(setup: Setup, heads: Heads, num: int) -> tuple[Callable[[], object], Callable[[], object]]:
@@ -162,7 +160,7 @@ def _against(setup: Setup, name: str, ours: Timing, theirs: Timing, floor: Floor
 # ---- the sampler ----------------------------------------------------------------------------------------------------
 
 
-def bench_sampler(setup: Setup, meter: Meter) -> list[Row]:
+def bench_sampler(setup: Setup, meter: Meter, rows: list[Row]) -> None:
     """Floor: the logits read once."""
     vocab_size = 300 if setup.tiny else LLAMA_8B.vocab_size
     counts = (2,) if setup.tiny else (1, 64, 256)
@@ -172,7 +170,6 @@ def bench_sampler(setup: Setup, meter: Meter) -> list[Row]:
         "top-k 50, top-p 0.9": SamplingParams(seed=0, temperature=0.8, top_k=50, top_p=0.9),
     }
     twins = {"greedy": _argmax, "drawn": _draw, "top-k 50, top-p 0.9": _truncated}
-    rows: list[Row] = []
     for num in counts:
         sampler = DeviceSampler(vocab_size, num, setup.device)
         floor = Floor(num * vocab_size * setup.dtype.itemsize, 4 * num * vocab_size)
@@ -197,7 +194,6 @@ def bench_sampler(setup: Setup, meter: Meter) -> list[Row]:
             rows.append(_against(setup, f"sample {num} rows, {kind}", ours, theirs, floor))
         del logits, sampler
         release()
-    return rows
 
 
 def _argmax(logits: torch.Tensor) -> torch.Tensor:
@@ -231,11 +227,10 @@ PRODUCT_COLUMNS = (
 )
 
 
-def bench_products(setup: Setup, meter: Meter) -> list[Row]:
+def bench_products(setup: Setup, meter: Meter, rows: list[Row]) -> None:
     """Every product of the 8B shape at several row counts; floor: bytes or FLOPs, whichever takes longer."""
     products = {"tiny": (40, 33)} if setup.tiny else theory.products_of(LLAMA_8B)
     counts = (3,) if setup.tiny else (1, 16, 64, 256, 2048)
-    rows: list[Row] = []
     for name, (out, width) in products.items():
         copies = setup.copies(out * width * setup.dtype.itemsize)
         weights = [torch.randn(out, width, dtype=setup.dtype, device=setup.device) for _ in range(copies)]
@@ -249,7 +244,6 @@ def bench_products(setup: Setup, meter: Meter) -> list[Row]:
             rows.append(_against(setup, f"{name} {out} x {width}, {num} rows", ours, theirs, floor))
         del weights
         release()
-    return rows
 
 
 def print_all(rows: list[Row], products: list[Row]) -> None:
