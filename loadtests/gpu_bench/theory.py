@@ -177,7 +177,10 @@ def prediction(shape: ModelShape = LLAMA_8B, ceilings: Ceilings = H200) -> str:
             read = kv_bytes(spans, kv_heads, dim)
             means = f"at most {_us(read / ceilings.bandwidth / DECODE_TARGET)}"
         add(
-            f"attention, {batch} decodes at {context}, one layer", attention(spans, heads, kv_heads, dim), target, means
+            f"attention, {batch} decode{'s' if batch > 1 else ''} at {context}, one layer",
+            attention(spans, heads, kv_heads, dim),
+            target,
+            means,
         )
     for name, spans in (("512", [(0, 512)]), ("2k", [(0, 2048)]), ("8k", [(0, 8192)]), ("2k after 8k", [(8192, 2048)])):
         floor = attention(spans, heads, kv_heads, dim)
