@@ -234,8 +234,8 @@ def knowledge(rng: Random) -> Example:
     return Example("knowledge", asked, ((asked, answer[0].upper() + answer[1:]),))
 
 
-def described(rng: Random) -> Example:
-    """Two or three facts and a question; the facts may have come a turn earlier."""
+def told_facts(rng: Random) -> tuple[str, list[list[tuple[str, str]]], int]:
+    """Two or three facts; the questions about each, with their answers; the number of one of them."""
     count = rng.randint(2, 3)
     names, things = rng.sample(NAMES, count), rng.sample(OBJECTS, count)
     colors, places = rng.sample(COLORS, count), rng.sample(PLACES, count)
@@ -243,22 +243,29 @@ def described(rng: Random) -> Example:
     if rng.random() < 0.6:
         told = [articles(f"{n} has a {c} {o}.") for n, c, o in zip(names, colors, things, strict=True)]
         other = colors[rng.randrange(count)]
-        is_it = f"Yes, the {things[i]} is {other}." if other == colors[i] else f"No, the {things[i]} is {colors[i]}."
         questions = [
-            (f"Who has the {things[i]}?", f"{names[i]} has the {things[i]}."),
-            (f"What does {names[i]} have?", articles(f"{names[i]} has a {colors[i]} {things[i]}.")),
-            (f"What color is the {things[i]}?", f"The {things[i]} is {colors[i]}."),
-            (f"Which color is the {things[i]}?", f"The {things[i]} is {colors[i]}."),
-            (f"Is the {things[i]} {other}?", is_it),
+            [
+                (f"Who has the {o}?", f"{n} has the {o}."),
+                (f"What does {n} have?", articles(f"{n} has a {c} {o}.")),
+                (f"What color is the {o}?", f"The {o} is {c}."),
+                (f"Which color is the {o}?", f"The {o} is {c}."),
+                (f"Is the {o} {other}?", f"{'Yes' if other == c else 'No'}, the {o} is {c}."),
+            ]
+            for n, c, o in zip(names, colors, things, strict=True)
         ]
     else:
         told = [f"The {o} is in the {p}." for o, p in zip(things, places, strict=True)]
         questions = [
-            (f"Where is the {things[i]}?", f"The {things[i]} is in the {places[i]}."),
-            (f"What is in the {places[i]}?", f"The {things[i]} is in the {places[i]}."),
+            [(f"{asked}?", f"The {o} is in the {p}.") for asked in (f"Where is the {o}", f"What is in the {p}")]
+            for o, p in zip(things, places, strict=True)
         ]
-    question, answer = rng.choice(questions)
-    text = " ".join(told)
+    return " ".join(told), questions, i
+
+
+def described(rng: Random) -> Example:
+    """Some facts and a question; the facts may have come a turn earlier."""
+    text, questions, i = told_facts(rng)
+    question, answer = rng.choice(questions[i])
     if rng.random() < 0.4:
         return Example("described", text, ((text, "Okay, I will remember that."), (question, answer)))
     return Example("described", text, ((f"{text} {question}", answer),))
@@ -374,7 +381,7 @@ def poem(rng: Random) -> Example:
 
 
 KINDS: dict[Callable[[Random], Example], float] = {
-    arithmetic: 5, numbers: 3, spelling: 3.5, repeating: 1.5, knowledge: 2, described: 4, naming: 2, chatter: 1,
+    arithmetic: 4.5, numbers: 3, spelling: 3.5, repeating: 1.5, knowledge: 3, described: 5, naming: 2, chatter: 1,
     unknown: 0.7, story: 1.2, poem: 0.7,
 }  # fmt: skip
 """Every kind of example and its share."""
@@ -432,6 +439,27 @@ def sums(rng: Random) -> list[tuple[str, bool]]:
     for _ in range(rng.randint(6, 24)):
         question, result = draw(rng, kind=arithmetic).answer.split("= ")
         pieces += [(question + "= ", False), (result + "\n", True)]
+    return pieces
+
+
+def question_sheet(rng: Random) -> list[tuple[str, bool]]:
+    """Questions about told facts, or about the world, each with its answer, in pieces as `sums`.
+
+    A chat asks about one of the facts; here each is asked about, but once, so that no answer holds the next.
+    """
+    pieces: list[tuple[str, bool]] = []
+    is_told = rng.random() < 0.75
+    while len(pieces) < 12:
+        if is_told:
+            text, asked, _ = told_facts(rng)
+            if Example("described", text, ()).is_held_out:
+                continue
+            pieces.append((text + "\n", False))
+            lines = [rng.choice(about) for about in rng.sample(asked, len(asked))]
+        else:
+            lines = [draw(rng, kind=knowledge).turns[0]]
+        for question, answer in lines:
+            pieces += [(question + "\n", False), (answer + "\n", True)]
     return pieces
 
 

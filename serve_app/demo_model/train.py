@@ -1,4 +1,4 @@
-"""Trains the bundled toy model from nothing, on the text of examples.py: 33 minutes on one busy core.
+"""Trains the bundled toy model from nothing, on the text of examples.py: about half an hour if it has a core to itself.
 
     python -m serve_app.demo_model.train                 # writes the model's files beside this script
     python -m serve_app.demo_model.train --evaluate      # its score on the held-out set, through serve_app.llm.LLM
@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
 
-from serve_app.demo_model.examples import Example, chat, held_out_set, plain_text, repeated, sums
+from serve_app.demo_model.examples import Example, chat, held_out_set, plain_text, question_sheet, repeated, sums
 from serve_app.llm import LLM, SamplingParams
 from serve_app.logs import get_logger
 
@@ -50,9 +50,11 @@ MAX_TRAINED_TOKENS = 512
 """Longer texts are cut; the config allows more, at the user's risk."""
 
 SEED = 0
-NUM_STEPS = 1900
+NUM_STEPS = 2100
 REPEAT_STEPS = 250
 """So many steps at first, half of the texts are mere repetition."""
+SHEET_STEPS = 900
+"""So many steps at first, twice as many of the texts are sheets of questions."""
 TOKENS_PER_STEP = 2048
 NUM_MICRO_BATCHES = 2
 MUON_LEARNING_RATE, ADAM_LEARNING_RATE, WARMUP_STEPS, WEIGHT_DECAY = 0.02, 3e-3, 30, 0.1
@@ -84,18 +86,21 @@ def make_tokenizer() -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def document(rng: Random, repeats: float = 0.0) -> list[tuple[str, bool]]:
+def document(rng: Random, repeats: float = 0.0, sheets: float = 0.0) -> list[tuple[str, bool]]:
     """Pieces of one training text; True: the model learns to write it. A chat has the text that its template makes.
 
     ``repeats``: share of texts that only say the same words again and again. To look up what stood in the prompt is what
-    all the tasks have in common, and from these it is learned first.
+    all the tasks have in common, and from these it is learned first. ``sheets``: share of the others that are sheets of
+    questions, with more to look up than a chat.
     """
     if rng.random() < repeats:
         return [*repeated(rng), (END_OF_TEXT, True)]
+    if rng.random() < sheets:
+        return [*question_sheet(rng), (END_OF_TEXT, True)]
     what = rng.random()
     if what < 0.06:
         return [(plain_text(rng) + END_OF_TEXT, True)]
-    if what < 0.16:
+    if what < 0.14:
         return [*sums(rng), (END_OF_TEXT, True)]
     example = chat(rng)
     pieces = [(f"{START}system\n{example.system}{END}\n", False)] if example.system else []
@@ -116,7 +121,8 @@ def make_step(tokenizer: tokenizers.Tokenizer, step: int) -> list[tuple[torch.Te
     num_tokens = 0
     while num_tokens < TOKENS_PER_STEP:
         ids, targets = [], []
-        for piece, is_learned in document(rng, 0.5 if step < REPEAT_STEPS else 0.03):
+        repeats, sheets = 0.5 if step < REPEAT_STEPS else 0.03, 0.3 if step < SHEET_STEPS else 0.15
+        for piece, is_learned in document(rng, repeats, sheets):
             piece_ids = tokenizer.encode(piece, add_special_tokens=False).ids
             ids += piece_ids
             targets += piece_ids if is_learned else [-1] * len(piece_ids)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 
@@ -14,7 +15,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from serve_app.demo_model import train
-from serve_app.demo_model.examples import KINDS, Example, chat, draw, held_out_set, plain_text, story, sums
+from serve_app.demo_model.examples import (
+    KINDS,
+    Example,
+    chat,
+    draw,
+    held_out_set,
+    plain_text,
+    question_sheet,
+    story,
+    sums,
+)
 from serve_app.llm import LLM, SamplingParams
 from serve_app.text.chat_template import ChatTemplate
 from serve_app.text.tokenizer import Tokenizer
@@ -46,7 +57,7 @@ def tokenizer() -> Tokenizer:
 def test_a_seed_gives_the_same_text_and_another_seed_another() -> None:
     def text(seed: int) -> list[object]:
         rng = Random(seed)
-        return [what(rng) for _ in range(50) for what in (chat, plain_text, sums)]
+        return [what(rng) for _ in range(50) for what in (chat, plain_text, question_sheet, sums)]
 
     assert text(3) == text(3)
     assert text(3) != text(4)
@@ -66,6 +77,33 @@ def test_no_training_text_holds_a_held_out_prompt() -> None:
     trained = {plain(user) for _ in range(20000) for user, _ in chat(rng).turns}
     assert len(trained) > 5000
     assert not held_out & trained
+    sheets = {plain(line) for _ in range(2000) for text, _ in question_sheet(rng) for line in text.splitlines()}
+    assert len(sheets) > 5000
+    assert not held_out & sheets
+    # On a sheet the question has a line of its own: no told facts of a held-out prompt may stand there either.
+    told = {example.key for example in held_out_set(25) if example.kind == "described"}
+    assert not {plain(text) for text in told} & sheets
+
+
+def test_a_sheet_asks_once_about_each_told_fact_and_answers_from_it() -> None:
+    rng = Random(4)
+    num_told = 0
+    for _ in range(300):
+        lines = [(text.rstrip("\n"), is_learned) for text, is_learned in question_sheet(rng)]
+        facts: list[str] = []
+        for (line, is_learned), (answer, _) in pairwise([*lines, ("", False)]):
+            if is_learned:
+                continue
+            if re.search(" has an? | is in the .*\\.$", line):
+                assert not facts, "a fact without a question"
+                facts = line.rstrip(".").split(". ")
+                num_told += len(facts)
+            elif facts:
+                asked = [fact for fact in facts if answer.rstrip(".").split()[-1] in fact.split()]
+                assert len(asked) == 1, (facts, line, answer)
+                facts.remove(asked[0])
+        assert not facts
+    assert num_told > 500
 
 
 def test_about_a_tenth_of_every_kind_is_held_out() -> None:
@@ -191,8 +229,8 @@ def test_the_training_text_has_the_form_and_the_tokens_of_the_template(tokenizer
     num_chats = 0
     for _ in range(60):
         pieces = train.document(rng)
-        twin.random()  # which decides about mere repetition
-        if twin.random() < 0.16:  # plain text
+        twin.random(), twin.random()  # which decide about mere repetition and about sheets of questions
+        if twin.random() < 0.14:  # plain text
             twin.setstate(rng.getstate())
             continue
         example = chat(twin)
@@ -214,7 +252,6 @@ def scores(llm: LLM) -> dict[str, float]:
 
 def test_held_out_prompts_are_answered_as_well_as_the_readme_says(scores: dict[str, float]) -> None:
     assert len(scores) == 11
-    assert scores["all"] >= 0.86, scores
     rows = dict(re.findall(r"^\| (\w+) \| +(\d+) % \|", (DIRECTORY / "README.md").read_text(), flags=re.MULTILINE))
     assert set(rows) == set(scores)
     for kind, score in scores.items():
@@ -222,9 +259,8 @@ def test_held_out_prompts_are_answered_as_well_as_the_readme_says(scores: dict[s
         assert abs(100 * score - int(rows[kind])) <= 4, kind
 
 
-@pytest.mark.xfail(reason="the aim; the model of today reaches 88 %, for want of questions about described things")
 def test_at_least_nine_of_ten_held_out_prompts_are_answered_right(scores: dict[str, float]) -> None:
-    assert scores["all"] >= 0.9
+    assert scores["all"] >= 0.9, scores
 
 
 def test_every_answer_ends_by_eos_and_stories_are_long_enough_to_watch(llm: LLM) -> None:
