@@ -269,7 +269,8 @@ def test_a_client_that_goes_away_frees_everything(slow_house: House, abuse: Abus
     slow_house.check_rest()
     if abuse.leaves in ("before answer", "after first byte", "in stream"):
         steps = sum(r.engine.engine.recorder.num_steps for r in slow_house.replicas) - aborted
-        assert 0 < steps < 50, "the sequence ran to its end although nobody read it"
+        at_least = 0 if abuse.leaves == "before answer" else 1  # it may be gone before the first step
+        assert at_least <= steps < 50, "the sequence ran to its end although nobody read it"
 
 
 def test_any_of_the_keys_opens(slow_house: House) -> None:
