@@ -43,6 +43,9 @@ class Kernel:
     constants: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 3
+    enable_fp_fusion: bool = True
+    """Whether the compiler may round a product and a sum as one."""
+
     unaligned: tuple[str, ...] = ()
     min_blocks: int = 1
     """Blocks that must find room on a multiprocessor at once."""
@@ -99,7 +102,8 @@ def compile_kernel(kernel: Kernel, capability: int) -> Report:
     unknown = (set(kernel.arguments) | set(kernel.constants)) - set(signature)
     assert not unknown, f"{kernel.name} has no arguments {unknown}"
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages, "enable_fp_fusion": True}
+    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
+    options |= {"enable_fp_fusion": kernel.enable_fp_fusion}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return _read(kernel, capability, compiled.asm["cubin"], compiled.metadata.shared)
 

@@ -55,5 +55,6 @@ def sampling_kernel(name: str, constants: dict[str, object], *, num_warps: int =
         arguments={parameter: POINTERS.get(parameter, "i32") for parameter in names},
         constants=constants,
         num_warps=num_warps,
+        enable_fp_fusion=name != "edit",
         min_blocks=2,
     )
