@@ -1,4 +1,4 @@
-"""The attention kernels as an 8B model launches them: 32 query heads, 8 kv heads, bfloat16, pages of 64."""
+"""The attention kernels as an 8B model launches them: 32 query heads, 8 kv heads, bfloat16 and float32, pages of 64."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ MIN_BLOCKS = {
 def kernels(capability: int) -> list[Kernel]:
     found: list[Kernel] = []
     for head_dim in (64, 128):
-        found += [attention_kernel(row_class, head_dim, capability) for row_class in ("prompt", "decode")]
+        for dtype in ("bf16", "fp32"):
+            found += [
+                attention_kernel(row_class, head_dim, capability, dtype=dtype) for row_class in ("prompt", "decode")
+            ]
     if capability == 90:  # once, what else a configuration may ask for
         found.append(attention_kernel("prompt", 256, capability))
         found.append(attention_kernel("decode", 128, capability, page=16))
@@ -51,7 +54,8 @@ def attention_kernel(
     arguments |= {"score_factor": "fp32", "cap_factor": "fp32"}
     arguments |= dict.fromkeys(("window", "stride_table", "stride_page", "stride_slot", "stride_head"), "i32")
     options = ("" if page == 64 else f" page {page}") + " window" * window + " cap" * soft_cap
-    matrix = {"prompt": {80: "mma", 90: "wgmma", 100: "tcgen05"}, "decode": {}}[row_class].get(capability, "mma")
+    has_large_tiles = row_class == "prompt" and dtype != "fp32"
+    matrix = {80: "mma", 90: "wgmma", 100: "tcgen05"}[capability] if has_large_tiles else "mma"
     ahead = {"AHEAD": config.ahead} if row_class == "prompt" else {}
     return Kernel(
         name=f"attention {row_class} D{head_dim}{options}" + ("" if dtype == "bf16" else f" {dtype}"),
@@ -71,7 +75,7 @@ def attention_kernel(
         | ahead,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        min_blocks=MIN_BLOCKS[row_class, head_dim][capability],
+        min_blocks=MIN_BLOCKS[row_class, head_dim][capability] if dtype == "bf16" else 1,
         must_have=(matrix, "async_copies", "wide_loads") if row_class == "prompt" else (matrix, "async_copies"),
     )
 

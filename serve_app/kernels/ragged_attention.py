@@ -438,7 +438,7 @@ def attention_config(
         block_n = 32 if is_float32 or block_d > 128 else 64
         return Config(max(16, triton.next_power_of_2(group)), block_n, 4, 2 if is_float32 else 3)
     if is_float32:
-        return Config({256: 16, 128: 32}.get(block_d, 64), 32, 4, 2)
+        return Config({256: 16, 128: 32, 64: 32}.get(block_d, 64), 32, 4, 2)
     has_large_tiles = capability[0] in (9, 10)  # wgmma, tcgen05: operands in shared memory, not in registers
     if block_d > 128:
         return Config(128 if has_large_tiles else 64, 32, 8, 2)
