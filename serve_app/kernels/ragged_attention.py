@@ -430,7 +430,7 @@ def attention_config(
     """The tile of ``row_class`` ("prompt" or "decode") on a device of ``capability``, e.g. (9, 0) for an H200.
 
     Chosen by machine code, not by timing (docs/ragged_attention.md): no spills, and as many programs on a multiprocessor
-    as loadtests/machine_code.json records.
+    as loadtests/machine_code/recorded.json says.
     """
     block_d = max(16, triton.next_power_of_2(head_dim))
     is_float32 = dtype == torch.float32  # three products of tf32 for each; for tests and small models

@@ -106,7 +106,7 @@ class RayTransport:
 
 
 def _is_too_large(error: Exception) -> bool:
-    """gRPC refused a message for its size. The called method has not seen it."""
+    """gRPC refused a message for its size: the arguments, or a result. The method may have run, as in every broken call."""
     return isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
