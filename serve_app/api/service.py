@@ -260,16 +260,17 @@ class Generation:
 
         Raises what a stream raises, and the error that ended a choice.
         """
+        # Asked of the answer, never of the streams: `_merge` reads them in tasks, ahead of what is in the answer.
+        answer = self.answer
         self._service.num_running += 1
         last = b""
         try:
             # Leaving a block closes its streams, which settles their leases: before the reader sees the end.
             if len(self.streams) == 1:
-                stream = self.streams[0]
-                async with contextlib.aclosing(stream.batches()) as batches:  # type: ignore[type-var]
+                async with contextlib.aclosing(self.streams[0].batches()) as batches:  # type: ignore[type-var]
                     async for batch in batches:
                         last = self._take(0, batch)
-                        if stream.has_ended:
+                        if answer.has_ended:
                             break
                         if last:
                             yield last
@@ -277,12 +278,14 @@ class Generation:
                 async with contextlib.aclosing(_merge([s.batches() for s in self.streams])) as merged:
                     async for prompt_index, batch in merged:
                         last = self._take(prompt_index, batch)
-                        if all(s.has_ended for s in self.streams):
+                        if answer.has_ended:
                             break
                         if last:
                             yield last
+            if not answer.has_ended:
+                raise RuntimeError("the streams are over, and a choice has no end")  # an error, and never a silent cut
             self.has_ended = True
-            yield last + self.answer.end()
+            yield last + answer.end()
         finally:
             self._service.num_running -= 1
 

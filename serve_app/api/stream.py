@@ -78,11 +78,6 @@ class GenerationStream:
         remaining_ms = requests[0].remaining_ms
         self._deadline = None if remaining_ms is None else loop.time() + remaining_ms / 1000.0
 
-    @property
-    def has_ended(self) -> bool:
-        """The reader has seen the end of every choice."""
-        return not self._open
-
     def end_choice(self, choice_index: int) -> None:
         """The reader wants no more of it (a stop string matched). What still comes of it is not shown."""
         self._open.pop(choice_index, None)

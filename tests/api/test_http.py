@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -14,7 +15,7 @@ import httpx
 import openai
 import pytest
 
-from serve_app.api.protocol import parse_json
+from serve_app.api.protocol import CompletionRequest, parse_json
 from serve_app.llm import LLM, SamplingParams
 from tests.api.abuses import ABUSES, Abuse
 from tests.api.house import House
@@ -141,6 +142,31 @@ def test_many_prompts_in_one_request(client: openai.OpenAI) -> None:
     for i, prompt in enumerate(prompts):
         alone = client.completions.create(model="tiny", prompt=prompt, max_tokens=6, temperature=0)
         assert {both.choices[2 * i].text, both.choices[2 * i + 1].text} == {alone.choices[0].text}
+
+
+def test_a_slow_reader_of_many_prompts_misses_nothing(client: openai.OpenAI, house: House) -> None:
+    """All streams have ended before the second chunk is asked for; what was read ahead of it is still in the answer."""
+    prompts = ["one", "the two", "and the three"]
+
+    async def read() -> list[dict[str, Any]]:
+        asked = {"prompt": prompts, "max_tokens": 6, "temperature": 0, "n": 2, "stream": True}
+        generation = await house.service.start(CompletionRequest.parse(json.dumps(asked).encode()), "slow")
+        chunks = b""
+        async for chunk in generation.chunks():
+            chunks += chunk
+            while not all(replica.engine.num_unfinished == 0 for replica in house.replicas):
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.05)
+        *events, done, rest = chunks.split(b"\n\n")
+        assert (done, rest) == (b"data: [DONE]", b"")
+        return [json.loads(event[6:])["choices"][0] for event in events]
+
+    pieces = house.run(read())
+    for i in range(6):
+        mine = [piece for piece in pieces if piece["index"] == i]
+        alone = client.completions.create(model="tiny", prompt=prompts[i // 2], max_tokens=6, temperature=0)
+        assert "".join(piece["text"] for piece in mine) == alone.choices[0].text
+        assert [piece["finish_reason"] for piece in mine if piece["finish_reason"]] == ["length"]
 
 
 def test_prefix_hits_are_in_the_usage(client: openai.OpenAI) -> None:
