@@ -15,6 +15,10 @@ CONFIG      ?= deploy/config.yaml
 # What pytest runs: paths and options, e.g. make test T="tests/engine -k name"
 T           ?=
 
+# A test that hangs fails under its name after ten minutes and the next one runs; where it hangs in C and cannot be told,
+# the run ends five minutes later. Both show every thread's stack.
+PYTEST      := $(BIN)/python -m pytest --timeout 600 --override-ini faulthandler_exit_on_timeout=true
+
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
@@ -54,11 +58,11 @@ serve: $(STAMP) ## start the server of CONFIG; Ctrl-C drains and ends all of it
 
 test: $(STAMP) $(if $(T),,lint types) ## lint, types and all tests; with T=... only those tests
 ifneq ($(T),)
-	$(BIN)/python -m pytest $(T)
+	$(PYTEST) $(T)
 else
-	$(BIN)/python -m pytest --ignore tests/service
+	$(PYTEST) --ignore tests/service
 	@# In a process of its own: Ray keeps what an earlier cluster of the same process left behind.
-	$(BIN)/python -m pytest tests/service
+	$(PYTEST) tests/service
 endif
 
 lint: $(STAMP) ## ruff: rules and format, changing nothing

@@ -22,6 +22,7 @@ from loadtests.machine_code import kernel as tool
 from loadtests.machine_code.__main__ import KERNELS, RECORDED
 from loadtests.machine_code.kernel import CAPABILITIES, Kernel, Report, from_json
 
+pytestmark = pytest.mark.timeout(1500)  # compiles some 150 kernels first, for minutes
 REPOSITORY = Path(__file__).parent.parent.parent
 Reports = dict[tuple[str, int], Report]
 
