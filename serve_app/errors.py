@@ -16,12 +16,14 @@ RaggedServeError                  500 internal_error
 |- StepFailedError                500 step_failed              the model could not compute this request
 |- DeviceLostError                503 device_lost              the GPU computes nothing any more: the engine must end
 |- EngineUnavailableError         503 engine_unavailable       stopping, draining or dead
+|  `- ServerDrainingError          503 engine_unavailable       the whole server ends: nothing new is taken
 |- OverloadedError                429 overloaded               no room, and the queue is full or the wait too long
 |- LeaseRefusedError              503 lease_refused            the replica's pool has less room than was booked
 |- IngressStalledError            503 ingress_stalled          an ingress took no outputs, so its requests were ended
 |- ReplicaLostError               503 replica_lost             it died, or it is to be treated as if it had
 |  |- ReplicaUnreachableError     503 replica_lost             no answer; it may live, and the call may have run
-|  `- ChannelLostError            503 replica_lost             the replica lives and has given this channel up
+|  |- ChannelLostError            503 replica_lost             the replica lives and has given this channel up
+|  `- ReplicaDrainedError         503 replica_drained          the replica leaves, and its time is over
 `- StartupError                   500 startup_failed           the server must not start
    |- ConfigurationError              configuration_error      an option, or a combination, is wrong
    |- ModelNotFoundError              model_not_found          no such directory, or nothing in it
@@ -151,6 +153,14 @@ class EngineUnavailableError(RaggedServeError):
     code = "engine_unavailable"
 
 
+class ServerDrainingError(EngineUnavailableError):
+    """``retry_after``: whole seconds, at least 1, after which another server may be there."""
+
+    def __init__(self, message: str, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
 class OverloadedError(RaggedServeError):
     """``retry_after``: whole seconds, at least 1, after which room is likely."""
 
@@ -185,6 +195,12 @@ class ReplicaUnreachableError(ReplicaLostError):
 
 class ChannelLostError(ReplicaLostError):
     """What ran in it was aborted. The replica takes a new channel."""
+
+
+class ReplicaDrainedError(ReplicaLostError):
+    """It ended what was left on it, as it was asked to: no request is to blame, and the replica is not dead."""
+
+    code = "replica_drained"
 
 
 class StartupError(RaggedServeError):
