@@ -31,10 +31,12 @@ from serve_app.api.answers import StreamedAnswer
 from serve_app.api.error_response import error_event, error_response
 from serve_app.api.protocol import (
     MAX_REQUEST_ID_CHARS,
+    TIMEOUT_HEADER,
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
+    timeout_ms,
 )
 from serve_app.api.service import Generation, GenerationRequest, Service
 from serve_app.errors import BodyTooLargeError, InvalidApiKeyError, RaggedServeError
@@ -245,9 +247,13 @@ async def _disconnect(receive: Receive) -> None:
 
 async def _generate(face: Face, request: Request, kind: type[GenerationRequest]) -> Response:
     service = face.service
+    received_at = asyncio.get_running_loop().time()
+    remaining_ms = timeout_ms(request.headers.get(TIMEOUT_HEADER))
     asked = await service.parse(kind, await read_body(request, face.max_body_bytes))
     request_id = asked.request_id or request.state.request_id
-    generation = await service.start(asked, request_id)
+    if remaining_ms is not None:
+        remaining_ms -= (asyncio.get_running_loop().time() - received_at) * 1000.0
+    generation = await service.start(asked, request_id, remaining_ms)
     # Up to the first bytes an error still has a status of its own, and a client that goes away is noticed here.
     answer = await until_disconnect(request.receive, _begin(generation, request_id))
     if answer is None:

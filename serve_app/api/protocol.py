@@ -104,6 +104,28 @@ WITHOUT_EFFECT: Mapping[str, IgnoredField] = {
 }
 """Accepted by completions and chat, without effect."""
 
+TIMEOUT_HEADER = "X-Request-Timeout-Ms"
+MAX_TIMEOUT_MS = 10**9
+
+HEADERS: Mapping[str, str] = {
+    "Authorization": "`Bearer <key>`, or the key in `X-Api-Key`, where the server asks for one.",
+    "X-Request-Id": "Names the request in logs and in the answer, where it comes back. Made up if it is missing.",
+    TIMEOUT_HEADER: "Milliseconds after which nobody wants the answer. What cannot be done in time is refused at once with"
+    " 429 and Retry-After where requests wait for room; what is not done in time is ended and its KV cache freed: 504,"
+    " or an error event where the stream has begun. Both say so in `code`: `overloaded`, `deadline_exceeded`.",
+}
+"""Headers of a request that have an effect."""
+
+
+def timeout_ms(given: str | None) -> float | None:
+    """TIMEOUT_HEADER's milliseconds. Raises InvalidParameterError."""
+    if given is None:
+        return None
+    if re.fullmatch(r"[0-9]{1,10}", given) is None or not 1 <= int(given) <= MAX_TIMEOUT_MS:
+        raise InvalidParameterError(TIMEOUT_HEADER, given, f"a whole number of milliseconds from 1 to {MAX_TIMEOUT_MS}")
+    return float(given)
+
+
 Unimplemented = Mapping[str, tuple[Any, ...]]
 """Name -> the values with which it asks for nothing (null always does)."""
 
@@ -572,7 +594,7 @@ class GenerationInput(RequestModel):
         )
 
     def generate_requests(
-        self, request_id: str, prompt: EncodedPrompt, sampling: SamplingParams
+        self, request_id: str, prompt: EncodedPrompt, sampling: SamplingParams, remaining_ms: float | None = None
     ) -> list[GenerateRequest]:
         """The choices of one prompt. ``sampling`` is resolved and has a seed; ``request_id`` is that prompt's own."""
         return [
@@ -583,6 +605,7 @@ class GenerationInput(RequestModel):
                 choice_index=i,
                 priority=self.priority,
                 cache_salt=self.cache_salt,
+                remaining_ms=remaining_ms,
             )
             for i in range(self.n)
         ]

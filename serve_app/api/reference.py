@@ -6,6 +6,7 @@ import json
 import sys
 
 from serve_app.api.protocol import (
+    HEADERS,
     WITHOUT_EFFECT,
     ChatCompletionRequest,
     CompletionRequest,
@@ -29,6 +30,8 @@ def reference() -> str:
     """The page."""
     shared = list(GenerationInput.model_fields)
     parts = [HEAD]
+    parts.append("## Headers of a request\n\n| header | meaning |\n|---|---|")
+    parts[-1] += "".join(f"\n| `{name}` | {meaning} |" for name, meaning in HEADERS.items()) + "\n"
     parts.append("## Completions and chats\n\n`POST /v1/completions` and `POST /v1/chat/completions` share these.\n")
     parts.append(_fields(GenerationInput))
     parts.append("`stream_options`:\n\n" + _fields(StreamOptions))

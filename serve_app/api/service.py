@@ -113,8 +113,11 @@ class Service:
             return await asyncio.to_thread(parse, body, self.limits)
         return parse(body, self.limits)
 
-    async def start(self, request: GenerationRequest, request_id: str) -> Generation:
-        """Everything up to the first lease. Raises InvalidRequestErrors, and EngineUnavailableError without a replica."""
+    async def start(self, request: GenerationRequest, request_id: str, remaining_ms: float | None = None) -> Generation:
+        """Everything up to the first lease. ``remaining_ms``: until nobody wants the answer; None: no such time.
+
+        Raises InvalidRequestErrors, and EngineUnavailableError without a replica.
+        """
         name = self._name_of(request.model)
         state = self.state()
         template = self.model.chat_template
@@ -136,7 +139,7 @@ class Service:
             own_id = f"{request_id}~{uuid.uuid4().hex[:8]}"
             streams.append(
                 GenerationStream(
-                    request.generate_requests(own_id, prompt, params),
+                    request.generate_requests(own_id, prompt, params, remaining_ms),
                     self._leases,
                     self._channels,
                     block_size=state.block_size,

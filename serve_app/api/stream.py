@@ -28,6 +28,9 @@ logger = get_logger(__name__)
 
 MAX_ATTEMPTS = 4
 """Replicas that one request may lose."""
+LATE_SECONDS = 0.25
+"""Router and engine end a request at its deadline. One that they left alone so much longer is ended here: its replica
+hangs, or computes a very long step."""
 MAX_REFUSALS = 8
 """Submits of one request that replicas may refuse: their tables and the ledger disagree for a moment only."""
 
@@ -94,7 +97,12 @@ class GenerationStream:
         avoid: set[str] = set()
         while self._open:
             lease = await self._leases.lease(self._wanted(frozenset(avoid)))
-            attempt = _Attempt(self._leases, lease, self._channels, self._submitted(lease), self._block_size)
+            try:
+                submitted = self._submitted(lease)
+            except DeadlineExceededError:
+                self._leases.settle(lease, None)
+                raise
+            attempt = _Attempt(self._leases, lease, self._channels, submitted, self._block_size, self._deadline)
             self.num_attempts += 1
             self.replica_id = lease.replica_id
             try:
@@ -158,7 +166,7 @@ class GenerationStream:
             return None
         remaining = (self._deadline - asyncio.get_running_loop().time()) * 1000.0
         if remaining <= 0:
-            raise DeadlineExceededError("the deadline of this request has passed")
+            raise _late()
         return remaining
 
     def _take(self, batch: list[TokenOutput]) -> list[TokenOutput] | None:
@@ -180,7 +188,13 @@ class _Attempt:
     """One lease and what runs under it."""
 
     def __init__(
-        self, leases: Leases, lease: Lease, channels: Channels, requests: list[GenerateRequest], block_size: int
+        self,
+        leases: Leases,
+        lease: Lease,
+        channels: Channels,
+        requests: list[GenerateRequest],
+        block_size: int,
+        deadline: float | None,
     ) -> None:
         self._leases = leases
         self._lease = lease
@@ -188,14 +202,21 @@ class _Attempt:
         self._requests = requests
         self._num_blocks = -(-lease.num_tokens // block_size)
         self._outputs: Outputs | None = None
+        self._deadline = deadline
+        self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> Outputs:
         self._outputs = self._channels.start(self._lease.replica_id, self._requests, self._num_blocks)
+        if self._deadline is not None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_at(self._deadline + LATE_SECONDS, self._outputs.expire, _late())
         return self._outputs
 
     def finish(self, num_output_tokens: int | None) -> None:
         """Aborts what still runs. The lease is settled when the replica has ended it: at once, or in a task of its
         own, since the reader may be cancelled, and then every await in it raises."""
+        if self._timer is not None:
+            self._timer.cancel()
         if self._outputs is None or self._outputs.has_ended:
             self._leases.settle(self._lease, num_output_tokens)
             return
@@ -209,6 +230,10 @@ class _Attempt:
     async def _settle_later(self, outputs: Outputs, num_output_tokens: int | None) -> None:
         await outputs.ended()
         self._leases.settle(self._lease, num_output_tokens)
+
+
+def _late() -> DeadlineExceededError:
+    return DeadlineExceededError("the deadline of this request has passed")
 
 
 _settling: set[asyncio.Task[None]] = set()

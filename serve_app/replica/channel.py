@@ -47,6 +47,7 @@ class Outputs:
         self.request_id = requests[0].request_id
         self.error: Exception | None = None
         """ReplicaLostError, or why the submit was refused."""
+        self._expired: Exception | None = None
         self._channel = channel
         self._keys = {request.choice_index: first_key + i for i, request in enumerate(requests)}
         """Choice -> key, of the choices that have not ended."""
@@ -67,11 +68,14 @@ class Outputs:
     async def next(self) -> list[TokenOutput]:
         """Everything that has come since the last call, at least one output. [] when every choice has ended.
 
-        Raises ReplicaLostError when what came before it has been taken, or the reason of a refusal.
+        Raises ReplicaLostError when what came before it has been taken, or the reason of a refusal, or what `expire`
+        was given.
         """
         while not self._arrived:
             if self.error is not None:
                 raise self.error
+            if self._expired is not None:
+                raise self._expired
             if not self._keys:
                 return []
             self._waiter = asyncio.get_running_loop().create_future()
@@ -88,6 +92,11 @@ class Outputs:
         if keys:
             self._aborted |= keys
             self._channel.abort(keys)
+
+    def expire(self, error: Exception) -> None:
+        """The consumer waits no longer: `next` raises ``error`` behind what has come. The replica is told by `abort`."""
+        self._expired = error
+        self._wake()
 
     async def ended(self) -> None:
         """Returns when the replica has ended every choice, has refused the request, or is lost. See ``error``."""

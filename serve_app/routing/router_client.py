@@ -12,13 +12,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import dataclasses
 import itertools
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
-from serve_app.errors import EngineUnavailableError
+from serve_app.errors import DeadlineExceededError, EngineUnavailableError
 from serve_app.logs import get_logger
 from serve_app.routing.ledger import Lease, LeaseRequest, LedgerOptions, num_blocks_for
 from serve_app.routing.router import Answer, RouterState, Settled
@@ -31,6 +33,8 @@ CALL_SECONDS = 5.0
 """A call unanswered for so long has failed."""
 POLL_CALL_SECONDS = 30.0
 """The same for `take_grants`, which waits on purpose."""
+LATE_SECONDS = 0.25
+"""The router ends a wait at its deadline. One that it left alone so much longer is ended here."""
 PAUSE_SECONDS = 0.05
 """After a call that failed."""
 
@@ -72,6 +76,8 @@ class RouterClient:
         self._new: dict[str, LeaseRequest] = {}
         """Not yet asked."""
         self._answers: dict[str, asyncio.Future[Lease]] = {}
+        self._deadlines: dict[str, float] = {}
+        """Of those that wait and have one: seconds of the event loop's clock."""
         self._queued: dict[str, LeaseRequest] = {}
         """Told to wait."""
         self._settled: dict[str, Settled] = {}
@@ -117,6 +123,8 @@ class RouterClient:
         request_id = request.request_id
         answer: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
         self._answers[request_id] = answer
+        if request.remaining_ms is not None:
+            self._deadlines[request_id] = asyncio.get_running_loop().time() + request.remaining_ms / 1000.0
         self._new[request_id] = request
         self._has_new.set()
         try:
@@ -125,6 +133,7 @@ class RouterClient:
             self._drop(request_id, answer)
             raise
         self._answers.pop(request_id, None)
+        self._deadlines.pop(request_id, None)
         self._own[lease.lease_id] = lease.replica_id, lease.num_tokens
         return lease
 
@@ -163,13 +172,16 @@ class RouterClient:
     # ---- waiting -------------------------------------------------------------------------------------------------
 
     async def _wait(self, request: LeaseRequest, answer: asyncio.Future[Lease]) -> Lease:
-        """While the router answers there is no limit here: its own queue has one."""
+        """While the router answers there is no limit here but the request's own: its queue has one."""
         loop = asyncio.get_running_loop()
         away_since: float | None = None
+        ends_at = self._deadlines.get(request.request_id, math.inf) + LATE_SECONDS
         while True:
-            done, _ = await asyncio.wait({answer}, timeout=self._away_seconds / 4)
+            done, _ = await asyncio.wait({answer}, timeout=min(self._away_seconds / 4, max(0.0, ends_at - loop.time())))
             if done:
                 return answer.result()
+            if loop.time() >= ends_at:
+                raise DeadlineExceededError("no lease before this request's deadline")
             if not self.is_away:
                 away_since = None
             elif away_since is None:
@@ -204,6 +216,7 @@ class RouterClient:
 
     def _forget(self, request_id: str) -> None:
         self._answers.pop(request_id, None)
+        self._deadlines.pop(request_id, None)
         was_asked = self._new.pop(request_id, None) is None
         if self._queued.pop(request_id, None) is not None or was_asked:
             self._withdrawn[request_id] = None
@@ -230,7 +243,7 @@ class RouterClient:
             if not asked:
                 continue
             try:
-                answers = await self._call(CALL_SECONDS, "ask", list(asked.values()))
+                answers = await self._call(CALL_SECONDS, "ask", [self._as_of_now(r) for r in asked.values()])
             except RouterUnavailableError:
                 # Asked again: a request that was heard keeps its place, or gets the same lease.
                 again = {i: r for i, r in asked.items() if i in self._answers}
@@ -244,6 +257,13 @@ class RouterClient:
                 elif request_id in self._answers:
                     self._queued[request_id] = request
                     self._has_queued.set()
+
+    def _as_of_now(self, request: LeaseRequest) -> LeaseRequest:
+        deadline = self._deadlines.get(request.request_id)
+        if deadline is None:
+            return request
+        remaining_ms = max(0.0, (deadline - asyncio.get_running_loop().time()) * 1000.0)
+        return dataclasses.replace(request, remaining_ms=remaining_ms)
 
     async def _take_forever(self) -> None:
         while True:
