@@ -67,6 +67,16 @@ class Ingress:
     async def metrics(self) -> str:
         return render(await self.router.look("snapshot"))
 
+    async def describe(self) -> dict[str, Any]:
+        """What it has in hand, for tests and inspection."""
+        return {
+            "ingress_id": self.ingress_id,
+            "pid": os.getpid(),
+            "num_running": self.service.num_running,
+            "num_waiting": self.router.num_waiting,
+            "num_tasks": len(asyncio.all_tasks()),
+        }
+
     async def check_health(self) -> None:
         """The process answers: that is all there is to know. A router or replica that is away ends no ingress."""
 

@@ -106,14 +106,24 @@ class Replica:
         await asyncio.to_thread(self.engine.stop, 5.0)
 
     async def describe(self) -> dict[str, Any]:
-        """Its own books, for tests and inspection."""
+        """Its own books, for tests and inspection. ``sequences``: request, choice, then tokens of the prompt, of the
+        output, and in the KV cache."""
+        scheduler = self.engine.engine.scheduler
         return {
             "replica_id": self.replica_id,
             "pid": os.getpid(),
             "leases": self.table.rows(),
+            "num_blocks": self.table.num_blocks,
             "num_free_blocks": self.table.num_free_blocks,
+            "sequences": [
+                (*s.key, s.num_prompt_tokens, s.num_output_tokens, s.num_computed_tokens)
+                for s in (*scheduler.running, *scheduler.waiting)
+            ],
             "num_unfinished": self.engine.num_unfinished,
-            "num_used_blocks": self.engine.engine.scheduler.pool.num_used_blocks,
+            "num_used_blocks": scheduler.pool.num_used_blocks,
             "num_steps": self.engine.num_steps,
+            "num_channels": self.hub.num_channels,
+            "num_unread_tokens": self.hub.num_unread_tokens,
+            "num_tasks": len(asyncio.all_tasks()),
             "gpu_ids": ray.get_runtime_context().get_accelerator_ids().get("GPU", []),
         }

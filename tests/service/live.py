@@ -122,11 +122,13 @@ class Look(NamedTuple):
 class Service:
     """One server. ``start`` returns when it is ready."""
 
-    def __init__(self, mode: str, model: Path, directory: Path) -> None:
+    def __init__(self, mode: str, model: Path, directory: Path, config: Json | None = None) -> None:
+        """``config``: another one than `make_config`'s, whose port is set here."""
         self.mode = mode
         self.port = free_port(0)
         self.url = f"http://127.0.0.1:{self.port}"
-        self.config = make_config(model, self.port, mode)
+        self.config = make_config(model, self.port, mode) if config is None else config
+        self.config["http_options"] = {"host": "127.0.0.1", "port": self.port}
         self._file = directory / "config.yaml"
         self._file.write_text(yaml.safe_dump(self.config))
         self._output = directory / "output.txt"
@@ -327,7 +329,7 @@ class Service:
                 not said["leases"]
                 and not said["num_unfinished"]
                 and not said["num_used_blocks"]
-                and said["num_free_blocks"] == NUM_BLOCKS
+                and said["num_free_blocks"] == said["num_blocks"]
                 for said in self.describe().values()
             )
         )
