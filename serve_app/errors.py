@@ -15,6 +15,7 @@ RaggedServeError                  500 internal_error
 |- DeadlineExceededError          504 deadline_exceeded
 |- StepFailedError                500 step_failed              the model could not compute this request
 |- DeviceLostError                503 device_lost              the GPU computes nothing any more: the engine must end
+|- ReplicaKillerError             500 replica_killer           replicas die of this request
 |- EngineUnavailableError         503 engine_unavailable       stopping, draining or dead
 |  `- ServerDrainingError          503 engine_unavailable       the whole server ends: nothing new is taken
 |- OverloadedError                429 overloaded               no room, and the queue is full or the wait too long
@@ -148,6 +149,13 @@ class DeviceLostError(RaggedServeError):
     code = "device_lost"
 
 
+class ReplicaKillerError(RaggedServeError):
+    """Said to this request alone; the others that ran beside it go on."""
+
+    status = 500
+    code = "replica_killer"
+
+
 class EngineUnavailableError(RaggedServeError):
     status = 503
     code = "engine_unavailable"
@@ -183,10 +191,14 @@ class IngressStalledError(RaggedServeError):
 
 
 class ReplicaLostError(RaggedServeError):
-    """Its requests can go on elsewhere, from the tokens that have arrived."""
+    """Its requests can go on elsewhere, from the tokens that have arrived.
+
+    ``may_be_a_death``: the replica may have died, and of one of its requests.
+    """
 
     status = 503
     code = "replica_lost"
+    may_be_a_death = True
 
 
 class ReplicaUnreachableError(ReplicaLostError):
@@ -196,11 +208,14 @@ class ReplicaUnreachableError(ReplicaLostError):
 class ChannelLostError(ReplicaLostError):
     """What ran in it was aborted. The replica takes a new channel."""
 
+    may_be_a_death = False
+
 
 class ReplicaDrainedError(ReplicaLostError):
     """It ended what was left on it, as it was asked to: no request is to blame, and the replica is not dead."""
 
     code = "replica_drained"
+    may_be_a_death = False
 
 
 class StartupError(RaggedServeError):

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from serve_app import hub
 from serve_app.api.answers import Answer, TokenTexts, detokenize_body, make_answer, tokenize_body
+from serve_app.api.failover import Failover
 from serve_app.api.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -101,6 +102,8 @@ class Service:
         self._leases = leases
         self._channels = channels
         self._replicas = replicas
+        self.failover = Failover()
+        """Its options may change while it runs."""
         self._seeds = seeds or random.SystemRandom()
         self._last_state: RouterState | None = None
 
@@ -144,6 +147,7 @@ class Service:
                     self._channels,
                     block_size=state.block_size,
                     prefix_hashes=prefix_hashes(prompt.token_ids, state.block_size, request.cache_salt),
+                    failover=self.failover,
                 )
             )
             for choice_index in range(request.n):

@@ -6,7 +6,8 @@ HTTP, no text.
 The reader sees one stream: nothing twice and nothing left out, since each attempt begins behind the tokens that the reader
 has. However the reader goes away, the replica is told to end the request, and the lease is settled once it has.
 
-A request is refused for good when it has failed MAX_ATTEMPTS times: it may be the request that kills replicas.
+How often and how long that goes on, and when the request itself is to blame, is failover.py's. A replica with the numerics
+of the first one comes first; on another one the tokens before and after the loss may not be those of one undisturbed run.
 """
 
 from __future__ import annotations
@@ -18,21 +19,30 @@ import hashlib
 from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
+from serve_app.api.failover import Failover, Journey
 from serve_app.engine.request import GenerateRequest, TokenOutput
-from serve_app.errors import DeadlineExceededError, EngineUnavailableError, LeaseRefusedError, ReplicaLostError
+from serve_app.errors import (
+    ChannelLostError,
+    DeadlineExceededError,
+    EngineUnavailableError,
+    LeaseRefusedError,
+    OverloadedError,
+    ReplicaLostError,
+    ServerDrainingError,
+)
 from serve_app.logs import get_logger
 from serve_app.replica.channel import Channels, Outputs
 from serve_app.routing.ledger import Lease, LeaseRequest
 
 logger = get_logger(__name__)
 
-MAX_ATTEMPTS = 4
-"""Replicas that one request may lose."""
+PAUSE_SECONDS = 0.02
+"""Before a request that was hindered asks again; longer each time, up to MAX_PAUSE_SECONDS. Reports come a few times a
+second."""
+MAX_PAUSE_SECONDS = 0.5
 LATE_SECONDS = 0.25
 """Router and engine end a request at its deadline. One that they left alone so much longer is ended here: its replica
 hangs, or computes a very long step."""
-MAX_REFUSALS = 8
-"""Submits of one request that replicas may refuse: their tables and the ledger disagree for a moment only."""
 
 
 class Leases(Protocol):
@@ -63,6 +73,7 @@ class GenerationStream:
         *,
         block_size: int,
         prefix_hashes: tuple[int, ...] = (),
+        failover: Failover | None = None,
     ) -> None:
         self.request_id = requests[0].request_id
         self.num_attempts = 0
@@ -76,6 +87,11 @@ class GenerationStream:
         self._open = {request.choice_index: request for request in requests}
         """Choices that have not ended, each with what it has emitted."""
         self._outputs: Outputs | None = None
+        self._failure: ReplicaLostError | None = None
+        """What the engine said instead of an output."""
+        self._failover = failover or Failover()
+        self._fingerprint: str | None = None
+        """Numerics of the replica that made the first token; None before it, or not known."""
         self._emitted: dict[int, list[int]] = {request.choice_index: [] for request in requests}
         loop = asyncio.get_running_loop()
         remaining_ms = requests[0].remaining_ms
@@ -90,49 +106,96 @@ class GenerationStream:
     async def batches(self) -> AsyncIterator[list[TokenOutput]]:
         """Outputs as they come, until every choice has ended. Close it (``aclose``) to give up.
 
-        Raises what the ledger or the engine answers, DeadlineExceededError, and EngineUnavailableError when the last
-        attempt has failed.
+        Raises what the ledger or the engine answers, DeadlineExceededError, and where a replica was lost what
+        `Journey.lost` raises.
         """
-        num_lost = num_refused = 0
-        avoid: set[str] = set()
+        journey = Journey(self._failover)
+        avoid: frozenset[str] = frozenset()
+        num_hindered = 0
         while self._open:
-            lease = await self._leases.lease(self._wanted(frozenset(avoid)))
             try:
-                submitted = self._submitted(lease)
-            except DeadlineExceededError:
-                self._leases.settle(lease, None)
-                raise
-            attempt = _Attempt(self._leases, lease, self._channels, submitted, self._block_size, self._deadline)
-            self.num_attempts += 1
-            self.replica_id = lease.replica_id
-            try:
-                self._outputs = outputs = attempt.start()
-                while self._open and (batch := await outputs.next()):
-                    if (taken := self._take(batch)) is not None:
-                        yield taken
+                await journey.begin_attempt()
+                lease = await self._lease(avoid, journey)
+                attempt = self._attempt(lease)
+                try:
+                    self._outputs = outputs = attempt.start()
+                    while self._open and (batch := await outputs.next()):
+                        if (taken := self._take(batch)) is not None:
+                            if self._fingerprint is None:
+                                self._fingerprint = lease.fingerprint
+                            if journey.is_moving:
+                                num_hindered = 0
+                                self._count(lease)
+                                journey.progress(self._num_emitted)
+                            yield taken
+                        if self._failure is not None:
+                            raise self._failure
+                except EngineUnavailableError as error:  # its engine takes nothing: the process is about to end
+                    raise ReplicaLostError(f"replica {lease.replica_id}: {error}") from error
+                finally:
+                    self._failure = None
+                    attempt.finish(self._num_emitted if not self._open else None)
             except ReplicaLostError as error:
-                num_lost += 1
-                avoid = {lease.replica_id}
-                self._leases.replica_lost(lease.replica_id)
                 logger.warning("%s: %s; attempt %d", self.request_id, error, self.num_attempts)
-                if num_lost >= MAX_ATTEMPTS:
-                    raise EngineUnavailableError(
-                        f"{num_lost} replicas were lost while they ran this request; it is not tried again"
-                    ) from error
-            except LeaseRefusedError as error:
-                num_refused += 1
+                if error.may_be_a_death:
+                    self._leases.replica_lost(lease.replica_id)
+                # A channel that was given up is made anew; who drains or does not answer is not asked again.
+                avoid = frozenset() if isinstance(error, ChannelLostError) else frozenset({lease.replica_id})
+                journey.lost(error, self._num_emitted)
+            except (LeaseRefusedError, _Hindered) as error:
                 logger.info("%s: %s", self.request_id, error)
-                if num_refused >= MAX_REFUSALS:
-                    raise EngineUnavailableError(
-                        f"replicas refused this request {num_refused} times: {error}"
-                    ) from error
-                await asyncio.sleep(0.02 * num_refused)  # reports come a few times a second
+                journey.end_attempt()
+                journey.hindered()
+                journey.check_time(error)
+                num_hindered += 1
+                avoid = frozenset()  # better the one that was lost than none
+                await asyncio.sleep(min(MAX_PAUSE_SECONDS, PAUSE_SECONDS * num_hindered))
             finally:
-                attempt.finish(sum(map(len, self._emitted.values())) if not self._open else None)
+                journey.end_attempt()
 
     # ---- parts ---------------------------------------------------------------------------------------------------
 
-    def _wanted(self, not_on: frozenset[str]) -> LeaseRequest:
+    @property
+    def _num_emitted(self) -> int:
+        return sum(map(len, self._emitted.values()))
+
+    async def _lease(self, avoid: frozenset[str], journey: Journey) -> Lease:
+        """Raises _Hindered where a request that has already been accepted is told what new ones are told."""
+        try:
+            async with asyncio.timeout(journey.seconds_left):
+                return await self._leases.lease(self._wanted(avoid, is_continuation=journey.num_losses > 0))
+        except TimeoutError:
+            raise journey.give_up("no replica had room") from None
+        except ServerDrainingError:
+            raise
+        except (OverloadedError, EngineUnavailableError) as error:
+            if not journey.is_moving:
+                raise
+            raise _Hindered(str(error)) from error
+
+    def _attempt(self, lease: Lease) -> _Attempt:
+        try:
+            submitted = self._submitted(lease)
+        except DeadlineExceededError:
+            self._leases.settle(lease, None)
+            raise
+        self.num_attempts += 1
+        self.replica_id = lease.replica_id
+        return _Attempt(self._leases, lease, self._channels, submitted, self._block_size, self._deadline)
+
+    def _count(self, lease: Lease) -> None:
+        """The first token after a loss: what is promised of it."""
+        if self._fingerprint and lease.fingerprint and lease.fingerprint != self._fingerprint:
+            self._failover.counters["resumed_with_other_numerics"] += 1
+            logger.warning(
+                "%s: goes on with numerics %s after %s: a valid continuation, not the same bytes",
+                self.request_id,
+                lease.fingerprint,
+                self._fingerprint,
+            )
+            self._fingerprint = lease.fingerprint
+
+    def _wanted(self, not_on: frozenset[str], *, is_continuation: bool) -> LeaseRequest:
         first = next(iter(self._open.values()))
         assert first.sampling.max_tokens is not None
         return LeaseRequest(
@@ -146,6 +209,8 @@ class GenerationStream:
             self._prefix_hashes,
             not_on,
             self._remaining_ms(),
+            self._fingerprint or None,
+            is_continuation,
         )
 
     def _submitted(self, lease: Lease) -> list[GenerateRequest]:
@@ -170,18 +235,24 @@ class GenerationStream:
         return remaining
 
     def _take(self, batch: list[TokenOutput]) -> list[TokenOutput] | None:
-        """What the reader should see of it. An engine that stops is a replica that is lost."""
+        """What the reader should see of it. An engine that stops is a replica that is lost: told in ``_failure``, since
+        what came before that in the same batch is shown."""
         shown = []
         for output in batch:
             if output.choice_index not in self._open:
                 continue
             if output.error_code == EngineUnavailableError.code:
-                raise ReplicaLostError(f"replica {self.replica_id}: {output.error}")
+                self._failure = ReplicaLostError(f"replica {self.replica_id}: {output.error}")
+                break
             self._emitted[output.choice_index] += output.token_ids
             if output.finish_reason is not None:
                 del self._open[output.choice_index]
             shown.append(output)
         return shown or None
+
+
+class _Hindered(Exception):
+    """A request that has lost its replica finds no place now."""
 
 
 class _Attempt:

@@ -85,6 +85,8 @@ class Lease(NamedTuple):
     num_tokens: int
     """Whole blocks times the replica's block size."""
     epoch: int
+    fingerprint: str = ""
+    """Of the replica's numerics; empty: not known."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,8 @@ class LeaseRequest:
 
     fingerprint: str | None = None
     """Of two replicas with room, one with this numerics fingerprint comes first."""
+
+    is_continuation: bool = False
 
 
 class BookedLease(NamedTuple):
@@ -758,8 +762,9 @@ class Ledger:
         self._answers[request.request_id] = self._lease_of(row)
 
     def _lease_of(self, row: _Row) -> Lease:
-        block_size = self._replicas[row.replica_id].report.block_size
-        return Lease(row.lease_id, row.replica_id, row.num_blocks * block_size, self.epoch)
+        report = self._replicas[row.replica_id].report
+        num_tokens = row.num_blocks * report.block_size
+        return Lease(row.lease_id, row.replica_id, num_tokens, self.epoch, report.fingerprint)
 
     # ------------------------------------------------------------------------------------------------- the one book
 

@@ -1,0 +1,134 @@
+"""Failover: how long a stream is moved from replica to replica, and which request is the one that kills them. Knows no
+lease, no channel, no text.
+
+A stream that has lost its replica is *moving* until its next token has come. It may move for max_seconds at a time and
+lose max_losses replicas in all; then its client hears an error.
+
+A request may be the reason why replicas die. Nobody can tell that from one death: every request on the replica was there.
+So a request that has seen SUSPECT_AFTER deaths goes on *on trial*: of all suspects of an ingress one at a time, until it
+is TRIAL_TOKENS past the place where it lost its last replica. A replica that dies meanwhile speaks against this one
+request; after MAX_DEATHS_ON_TRIAL it is refused, alone. The others have lost a few seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from dataclasses import dataclass
+
+from serve_app.errors import EngineUnavailableError, ReplicaKillerError, ReplicaLostError
+
+SUSPECT_AFTER = 2
+MAX_DEATHS_ON_TRIAL = 2
+TRIAL_TOKENS = 4
+"""Steps that may have been under way when a replica died, and a few more."""
+
+
+@dataclass(frozen=True)
+class FailoverOptions:
+    """How far a stream is carried."""
+
+    max_seconds: float = 60.0
+    """From the loss of a replica to the next token."""
+
+    max_losses: int = 32
+    """Replicas that one request may lose."""
+
+
+class Failover:
+    """What the streams of one ingress share. For one event loop."""
+
+    def __init__(self, options: FailoverOptions | None = None) -> None:
+        self.options = options or FailoverOptions()
+        self.counters: Counter[str] = Counter()
+        """What happened to streams, by kind: see metrics.FAILOVER."""
+        self.trial = asyncio.Lock()
+
+
+class Journey:
+    """One stream's way through replicas. ``num_tokens`` everywhere: what its reader has, of all choices."""
+
+    def __init__(self, failover: Failover) -> None:
+        self.is_moving = False
+        """No token has come since a replica was lost, or it is on trial: `progress` wants to know of tokens."""
+        self.num_losses = 0
+        self._failover = failover
+        self._num_deaths_on_trial = 0
+        self._num_tokens_at_loss = 0
+        self._since: float | None = None
+        """Of the first loss since its last token: seconds of the loop."""
+        self._is_on_trial = False
+
+    @property
+    def seconds_left(self) -> float | None:
+        """For the next token. None: nothing was lost."""
+        if self._since is None:
+            return None
+        return self._since + self._failover.options.max_seconds - asyncio.get_running_loop().time()
+
+    async def begin_attempt(self) -> None:
+        """Before a lease is asked for. A suspect waits for its turn here. Raises EngineUnavailableError at the bound."""
+        if self.num_losses < SUSPECT_AFTER:
+            return
+        try:
+            async with asyncio.timeout(self.seconds_left):
+                await self._failover.trial.acquire()
+        except TimeoutError:
+            raise self.give_up("other requests that may kill replicas were before it") from None
+        self._is_on_trial = self.is_moving = True
+        self._failover.counters["trials"] += 1
+
+    def progress(self, num_tokens: int) -> None:
+        """Tokens have come. Call it while `is_moving`."""
+        if self._since is not None:
+            self._since = None
+            self._failover.counters["resumed"] += 1
+        if self._is_on_trial and num_tokens >= self._num_tokens_at_loss + TRIAL_TOKENS:
+            self.end_attempt()
+        self.is_moving = self._is_on_trial
+
+    def end_attempt(self) -> None:
+        """However it ended."""
+        if self._is_on_trial:
+            self._is_on_trial = False
+            self._failover.trial.release()
+
+    def lost(self, error: ReplicaLostError, num_tokens: int) -> None:
+        """Its replica is lost. Raises the error for the client if this was once too often. Ends the attempt."""
+        counters = self._failover.counters
+        was_on_trial = self._is_on_trial
+        self.end_attempt()
+        self.hindered()
+        counters["lost"] += 1
+        if not error.may_be_a_death:
+            return
+        self.num_losses += 1
+        self._num_tokens_at_loss = num_tokens
+        self._num_deaths_on_trial += was_on_trial
+        if self._num_deaths_on_trial >= MAX_DEATHS_ON_TRIAL:
+            counters["replica_killers"] += 1
+            raise ReplicaKillerError(
+                f"{self.num_losses} replicas died while they ran this request, {self._num_deaths_on_trial} of them with no"
+                " other request in suspicion; it is not tried again"
+            ) from error
+        if self.num_losses >= self._failover.options.max_losses:
+            raise self.give_up(f"it has lost {self.num_losses} replicas, and the limit is that") from error
+
+    def hindered(self) -> None:
+        """It must be placed again, and time counts from now, if it does not already."""
+        self.is_moving = True
+        if self._since is None:
+            self._since = asyncio.get_running_loop().time()
+
+    def check_time(self, reason: object) -> None:
+        """Raises EngineUnavailableError when the time for the next token is over."""
+        left = self.seconds_left
+        if left is not None and left <= 0:
+            raise self.give_up(str(reason))
+
+    def give_up(self, reason: str) -> EngineUnavailableError:
+        self._failover.counters["given_up"] += 1
+        seconds = self._failover.options.max_seconds
+        return EngineUnavailableError(
+            f"this request has lost {self.num_losses} replicas and cannot go on within {seconds:g} s: {reason}"
+        )
