@@ -15,7 +15,7 @@ from ray.serve.config import RequestRouterConfig
 
 from serve_app import check_config
 from serve_app.api.ingress import Ingress
-from serve_app.config import INGRESS, MAX_ONGOING_REQUESTS, REPLICA, ServeArgs
+from serve_app.config import GRACEFUL_SHUTDOWN_SECONDS, INGRESS, MAX_ONGOING_REQUESTS, REPLICA, ServeArgs
 from serve_app.replica.load import environment
 from serve_app.replica.replica import Replica
 from serve_app.routing.targeted_router import TargetedRouter
@@ -30,7 +30,7 @@ def build(args: dict[str, Any]) -> Application:
         name=REPLICA,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         graceful_shutdown_wait_loop_s=0.2,
-        graceful_shutdown_timeout_s=60,
+        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_SECONDS,
         health_check_period_s=1,
         health_check_timeout_s=10,
         ray_actor_options={"num_cpus": 0.25, "runtime_env": {"env_vars": environment(checked)}},
@@ -42,10 +42,11 @@ def build(args: dict[str, Any]) -> Application:
         name=INGRESS,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         graceful_shutdown_wait_loop_s=0.2,
-        graceful_shutdown_timeout_s=60,
+        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_SECONDS,
         health_check_period_s=1,
         health_check_timeout_s=10,
         ray_actor_options={"num_cpus": 0.1},
+        max_surge_percent=100,  # a new version starts before the old one drains: no gap, even with one ingress
         user_config={},
     )
     return ingress.bind(plain, replica.bind(plain))

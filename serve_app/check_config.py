@@ -14,6 +14,7 @@ import argparse
 import copy
 import difflib
 import json
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,11 +32,14 @@ from ray.serve.schema import ServeDeploySchema
 from serve_app.config import (
     AUTOSCALING_POLICY,
     DEPLOYMENTS,
+    DRAIN_MARGIN_SECONDS,
+    GRACEFUL_SHUTDOWN_SECONDS,
     IMPORT_PATH,
     INGRESS,
     MAX_ONGOING_REQUESTS,
     REPLICA,
     ROOTS,
+    DrainArgs,
     IngressUserConfig,
     KeyPath,
     RouterOptions,
@@ -48,6 +52,10 @@ from serve_app.config import (
     unknown_key,
 )
 
+HA_PROXY = "RAY_SERVE_ENABLE_HA_PROXY"
+HARD_STOP = "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"
+HARD_STOP_SECONDS = 120.0
+"""Ray Serve's default of that variable (serve/_private/constants.py, Ray 2.60)."""
 NO_MAPPING = "it must be a mapping"
 NO_LIST = "it must be a list"
 
@@ -300,6 +308,52 @@ def _application(
             yield from _replica(deployment, args, below)
         if name == INGRESS:
             yield from _ingress(deployment, below, places)
+    yield from _drain(args.get("drain"), deployments, at, os.environ)
+
+
+def _drain(
+    value: Any, deployments: Sequence[Mapping[str, Any]], at: KeyPath, environ: Mapping[str, str]
+) -> Iterator[tuple[KeyPath, str]]:
+    """Whoever waits for a drain must wait longer than it lasts: Ray Serve before it kills, HAProxy before it cuts."""
+    try:
+        drain = DrainArgs.model_validate({} if value is None else value)
+    except ValidationError:
+        return  # said by `_options`
+    numbers = {deployment.get("name"): i for i, deployment in enumerate(deployments)}
+
+    def too_long(key: str, limit: float, reason: str) -> tuple[KeyPath, str]:
+        unsaid = "" if key in drain.model_fields_set else f"is {getattr(drain, key):g} by default; "
+        return (*at, "args", "drain", key), f"{unsaid}it must be at most {limit:g}: {reason}"
+
+    for name, key in ((REPLICA, "replica_seconds"), (INGRESS, "ingress_seconds")):
+        seconds = getattr(drain, key)
+        number = numbers.get(name)
+        given = None if number is None else deployments[number].get("graceful_shutdown_timeout_s")
+        limit = GRACEFUL_SHUTDOWN_SECONDS if given is None else given
+        if not isinstance(limit, int | float) or limit >= seconds + DRAIN_MARGIN_SECONDS:
+            continue  # sound, or Serve has said what is wrong
+        if given is None:
+            reason = f"the {name}'s graceful_shutdown_timeout_s is not set, which means {limit:g}"
+            yield too_long(key, limit - DRAIN_MARGIN_SECONDS, reason)
+        else:
+            least = f"it must be at least {seconds + DRAIN_MARGIN_SECONDS:g}: args.drain.{key} is {seconds:g}"
+            reason = f"what is left needs {DRAIN_MARGIN_SECONDS:g} s to end before Ray Serve kills it"
+            yield (*at, "deployments", number, "graceful_shutdown_timeout_s"), f"{least}, and {reason}"
+    hard_stop = _number(environ.get(HARD_STOP), HARD_STOP_SECONDS)
+    if environ.get(HA_PROXY) == "1" and hard_stop < drain.ingress_seconds + DRAIN_MARGIN_SECONDS:
+        yield too_long(
+            "ingress_seconds",
+            hard_stop - DRAIN_MARGIN_SECONDS,
+            f"HAProxy cuts streams {hard_stop:g} s after each change of the ingresses; set {HARD_STOP} higher",
+        )
+
+
+def _number(text: str | None, default: float) -> float:
+    """Of a variable. One that is no number stops Ray Serve with a sentence of its own."""
+    try:
+        return float(text) if text else default
+    except ValueError:
+        return default
 
 
 def _options(

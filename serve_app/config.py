@@ -44,6 +44,10 @@ DEPLOYMENTS = (INGRESS, REPLICA)
 """Names of the deployments."""
 AUTOSCALING_POLICY = "serve_app.replica.autoscaling:CommittedTokensPolicy"
 """The policy that scales the Replica by committed tokens."""
+GRACEFUL_SHUTDOWN_SECONDS = 60.0
+"""graceful_shutdown_timeout_s of a deployment for which the file says nothing: Ray Serve kills what then still runs."""
+DRAIN_MARGIN_SECONDS = 5.0
+"""Between the end of a drain and Ray Serve's kill: what is left is ended, its clients are told, books are settled."""
 MAX_ONGOING_REQUESTS = 900
 """Above 1000 Ray Serve counts its own health checks among a replica's requests, and they queue behind streams."""
 
@@ -307,6 +311,17 @@ class ApiArgs(Options):
         return tuple(dict.fromkeys(keys + found))
 
 
+class DrainArgs(Options):
+    """How long running answers may take to end where their place leaves: scale-down, a new version, the server's end."""
+
+    replica_seconds: NotNegativeSeconds = 30.0
+    """A Replica that leaves gets nothing new. Answers that still run on it after so long go on at other replicas."""
+
+    ingress_seconds: NotNegativeSeconds = 50.0
+    """An Ingress that leaves cannot hand its clients on. Answers that still run after so long end with an error event; so
+    this should be longer than the longest answer. `make serve` waits as long when it is told to end."""
+
+
 class ServeArgs(Options):
     """``args`` of the application. A changed value restarts every deployment."""
 
@@ -318,6 +333,9 @@ class ServeArgs(Options):
 
     api: ApiArgs = ApiArgs()
     """The HTTP face."""
+
+    drain: DrainArgs = DrainArgs()
+    """The end of a Replica, of an Ingress, and of the server."""
 
     @model_validator(mode="before")
     @classmethod

@@ -234,6 +234,22 @@ MISTAKES = [
         "device: cuda",
         f"{R}.ray_actor_options.num_gpus must be 1, for args.model.device is 'cuda': Ray hides the GPUs",
     ),
+    # the drain
+    (
+        "graceful_shutdown_timeout_s: 60 # above args.drain.replica_seconds",
+        "graceful_shutdown_timeout_s: 34 #",
+        f"{R}.graceful_shutdown_timeout_s is 34; it must be at least 35: args.drain.replica_seconds is 30, and what is left",
+    ),
+    (
+        "graceful_shutdown_timeout_s: 60 # above args.drain.ingress_seconds",
+        "graceful_shutdown_timeout_s: 54.5 #",
+        f"{I}.graceful_shutdown_timeout_s is 54.5; it must be at least 55: args.drain.ingress_seconds is 50, and what",
+    ),
+    (
+        "      api:\n",
+        "      drain:\n        replica_seconds: 56\n      api:\n",
+        f"{R}.graceful_shutdown_timeout_s is 60; it must be at least 61: args.drain.replica_seconds is 56",
+    ),
     # our own options
     (
         "num_threads: 1",
@@ -320,6 +336,43 @@ def test_a_mistake_is_told(
         assert first <= int(found[0].split(":")[1]) <= first + after.count("\n"), problems
     assert main([str(file)]) == 1
     assert capsys.readouterr().out.splitlines() == problems
+
+
+def told(tmp_path: Path, *changes: tuple[str, str]) -> list[str]:
+    """What is said of config.yaml with texts replaced."""
+    text = CONFIG.read_text()
+    for before, after in changes:
+        assert before in text
+        text = text.replace(before, after)
+    file = tmp_path / "changed.yaml"
+    file.write_text(text)
+    return [problem.split(": ", 1)[1] for problem in check(file)]
+
+
+def test_a_drain_fits_into_what_serve_grants_unasked(tmp_path: Path) -> None:
+    unset = ("        graceful_shutdown_timeout_s: 60", "        #")
+    longer = ("    args:\n", "    args:\n      drain: {replica_seconds: 55, ingress_seconds: 56}\n")
+    assert told(tmp_path, unset) == []
+    reason = "the Ingress's graceful_shutdown_timeout_s is not set, which means 60"
+    assert told(tmp_path, unset, longer) == [f"{A}.drain.ingress_seconds is 56; it must be at most 55: {reason}"]
+
+
+def test_haproxy_waits_longer_than_an_ingress_drains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    longer = ("graceful_shutdown_timeout_s: 60", "graceful_shutdown_timeout_s: 600")
+    drain = ("    args:\n", "    args:\n      drain: {ingress_seconds: 116}\n")
+    monkeypatch.delenv("RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S", raising=False)
+    monkeypatch.delenv("RAY_SERVE_ENABLE_HA_PROXY", raising=False)
+    assert told(tmp_path, longer, drain) == []
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    assert told(tmp_path) == []
+    reason = (
+        "HAProxy cuts streams 120 s after each change of the ingresses; set RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S higher"
+    )
+    assert told(tmp_path, longer, drain) == [f"{A}.drain.ingress_seconds is 116; it must be at most 115: {reason}"]
+    monkeypatch.setenv("RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S", "121")
+    assert told(tmp_path, longer, drain) == []
+    monkeypatch.setenv("RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S", "54")
+    assert "ingress_seconds is 50 by default; it must be at most 49: HAProxy cuts" in told(tmp_path)[0]
 
 
 def test_there_are_enough_mistakes() -> None:
@@ -430,7 +483,7 @@ def test_the_reference_names_every_option_once(capsys: pytest.CaptureFixture[str
             else:
                 assert len(found) == 1
                 assert all(cell.strip() for cell in found[0].strip("|").replace("\\|", "").split("|"))
-    assert text.count("#### ") == len(groups) == 8
+    assert text.count("#### ") == len(groups) == 9
     assert "| `seed` | integer >= 0, <= 18446744073709551615 | `0` | Seeds dummy weights," in text
     assert '| `policy` | `reserve` or `expect` | `"expect"` | What a request books. reserve:' in text
 

@@ -63,6 +63,7 @@ def test_every_group_is_found() -> None:
         "SimulatedArgs",
         "EngineArgs",
         "ApiArgs",
+        "DrainArgs",
         "IngressUserConfig",
         "RouterOptions",
         "LimitOptions",
