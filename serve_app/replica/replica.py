@@ -29,6 +29,7 @@ from serve_app.replica.load import load_engine
 from serve_app.replica.messages import Message
 from serve_app.replica.output_hub import ChannelHub
 from serve_app.replica.reporter import Reporter
+from serve_app.routing import departure
 from serve_app.routing.ray_router import RayRouter
 
 logger = logs.get_logger(__name__)
@@ -43,7 +44,8 @@ class Replica:
     async def __init__(self, args: dict[str, Any]) -> None:  # type: ignore[misc]
         context = serve.get_replica_context()
         self.replica_id = context.replica_id.unique_id
-        engine = await asyncio.to_thread(load_engine, ServeArgs.parse(args))
+        parsed = ServeArgs.parse(args)
+        engine = await asyncio.to_thread(load_engine, parsed)
         self.engine = AsyncEngine(engine)
         self.engine.start()
         loop = asyncio.get_running_loop()
@@ -51,7 +53,18 @@ class Replica:
         self.hub = ChannelHub(self.engine, self.table, loop)
         fingerprint: str = getattr(engine.runner, "fingerprint", "simulated")
         router = RayRouter(context.app_name)
-        self._reporter = Reporter(router, self.replica_id, self.engine, self.table, self.hub, fingerprint)
+        departure.is_leaving()  # raises here, and not in the middle of a drain
+        self._reporter = Reporter(
+            router,
+            self.replica_id,
+            self.engine,
+            self.table,
+            self.hub,
+            fingerprint,
+            is_leaving=departure.is_leaving,
+            drain_seconds=parsed.drain.replica_seconds,
+            look_seconds=departure.LOOK_SECONDS,
+        )
         # In an empty context: it belongs to no call.
         self._reports = loop.create_task(self._reporter.run(), context=contextvars.Context())
         logger.info("replica %s is ready", self.replica_id)
@@ -127,3 +140,9 @@ class Replica:
             "num_tasks": len(asyncio.all_tasks()),
             "gpu_ids": ray.get_runtime_context().get_accelerator_ids().get("GPU", []),
         }
+
+    async def check_invariants(self) -> None:
+        """Raises AssertionError if the lease table or the block pool does not add up. For soaks, and only at rest: the
+        pool is the step thread's."""
+        self.table.check_invariants()
+        self.engine.engine.scheduler.pool.check_invariants()

@@ -3,7 +3,8 @@
     ingress   ask(requests) -> leases or errors of those that need not wait      one call in flight, carrying all that wait
               take_grants() -> answers to those that waited                      a long poll, only while something waits
               tell(settled, withdrawn, ...) -> RouterState                       one call in flight; at least every second
-    replica   report(its table) -> epoch, whether it drains, what waits          a few times a second
+    replica   report(its table, whether it drains) -> what waits                 a few times a second
+    launcher  close(seconds)                                                     when the server ends
 
 A plain class on one event loop, which ray_router.py makes an actor of. A new one grants nothing until replicas had time to
 report.
@@ -18,7 +19,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from serve_app.errors import RaggedServeError
-from serve_app.routing.ledger import Lease, LeaseRequest, Ledger, LedgerOptions, ReplicaReport, ReportAnswer
+from serve_app.routing.ledger import Lease, LeaseRequest, Ledger, LedgerOptions, ReplicaReport
 
 GRACE_SECONDS = 1.5
 """A new router waits so long for reports before it grants: replicas report four times a second."""
@@ -43,6 +44,8 @@ class RouterState(NamedTuple):
     """The smallest of all replicas, so that any of them can hold what was accepted."""
     fingerprints: tuple[str, ...]
     """Distinct numerics fingerprints, sorted."""
+    seconds_left: float | None
+    """Until the server ends; None: it does not."""
 
 
 class Settled(NamedTuple):
@@ -100,11 +103,10 @@ class Router:
         settled: list[Settled],
         withdrawn: list[str],
         lost_replicas: list[str],
-        departing_replicas: list[str],
     ) -> RouterState:
         """What happened at an ingress; also its sign of life. Safe to say twice.
 
-        ``lost_replicas``: calls to them fail. ``departing_replicas``: Ray Serve took them off the list, so they drain.
+        ``lost_replicas``: calls to them fail.
         """
         now = self._called()
         self.ledger.renew(holder_id, now)
@@ -115,8 +117,6 @@ class Router:
             self.ledger.withdraw(request_id)
         for replica_id in lost_replicas:
             self.ledger.forget_replica(replica_id, now)
-        for replica_id in departing_replicas:
-            self.ledger.start_draining(replica_id)
         self._deliver()
         return self._state()
 
@@ -129,11 +129,17 @@ class Router:
 
     # ---- replica -------------------------------------------------------------------------------------------------
 
-    async def report(self, report: ReplicaReport) -> tuple[ReportAnswer, int]:
-        """The replica's table; see Ledger.report. The second value: tokens that wait in the queue, for autoscaling."""
-        answer = self.ledger.report(report, self._called())
+    async def report(self, report: ReplicaReport) -> int:
+        """The replica's table; see Ledger.report. Returns the tokens that wait in the queue, for autoscaling."""
+        self.ledger.report(report, self._called())
         self._deliver()
-        return answer, self.ledger.num_queued_tokens
+        return self.ledger.num_queued_tokens
+
+    # ---- the launcher --------------------------------------------------------------------------------------------
+
+    async def close(self, seconds: float) -> None:
+        """The server ends in ``seconds``; see Ledger.close. The ingresses hear of it with their next `tell`."""
+        self.ledger.close(seconds, self._called())
 
     # ---- looking at it -------------------------------------------------------------------------------------------
 
@@ -144,6 +150,10 @@ class Router:
     async def books(self) -> dict[str, Any]:
         """Each replica's live leases as the ledger has them: for tests and inspection."""
         return {replica_id: self.ledger.rows(replica_id) for replica_id in self.ledger.snapshot()["replicas"]}
+
+    async def check_invariants(self) -> None:
+        """Raises AssertionError if the books do not add up. For soaks."""
+        self.ledger.check_invariants()
 
     # ---- parts ---------------------------------------------------------------------------------------------------
 
@@ -181,4 +191,5 @@ class Router:
             max((r["num_blocks"] for r in open_ones.values()), default=0),
             min((r["max_model_len"] for r in open_ones.values()), default=0),
             tuple(sorted({r["fingerprint"] for r in open_ones.values()})),
+            self.ledger.seconds_left(self._clock()),
         )
