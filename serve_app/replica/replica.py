@@ -142,7 +142,7 @@ class Replica:
         }
 
     async def check_invariants(self) -> None:
-        """Raises AssertionError if the lease table or the block pool does not add up. For soaks, and only at rest: the
-        pool is the step thread's."""
+        """Raises AssertionError if the lease table or the scheduler's books do not add up. For soaks, and only at rest:
+        the scheduler is the step thread's."""
         self.table.check_invariants()
-        self.engine.engine.scheduler.pool.check_invariants()
+        self.engine.engine.scheduler.check_invariants()
