@@ -332,7 +332,7 @@ def _drain(
         limit = GRACEFUL_SHUTDOWN_SECONDS if given is None else given
         if not isinstance(limit, int | float) or limit >= seconds + DRAIN_MARGIN_SECONDS:
             continue  # sound, or Serve has said what is wrong
-        if given is None:
+        if number is None or given is None:
             reason = f"the {name}'s graceful_shutdown_timeout_s is not set, which means {limit:g}"
             yield too_long(key, limit - DRAIN_MARGIN_SECONDS, reason)
         else:

@@ -17,7 +17,7 @@ RaggedServeError                  500 internal_error
 |- DeviceLostError                503 device_lost              the GPU computes nothing any more: the engine must end
 |- ReplicaKillerError             500 replica_killer           replicas die of this request
 |- EngineUnavailableError         503 engine_unavailable       stopping, draining or dead
-|  `- ServerDrainingError          503 engine_unavailable       the whole server ends: nothing new is taken
+|  `- ServerDrainingError          503 engine_unavailable       the server, or this ingress of it, ends
 |- OverloadedError                429 overloaded               no room, and the queue is full or the wait too long
 |- LeaseRefusedError              503 lease_refused            the replica's pool has less room than was booked
 |- IngressStalledError            503 ingress_stalled          an ingress took no outputs, so its requests were ended

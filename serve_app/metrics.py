@@ -18,6 +18,7 @@ class Metric(NamedTuple):
 LEDGER = {
     "epoch": Metric("router_epoch", "gauge", "Milliseconds since 1970 at which this life of the router began"),
     "is_rebuilding": Metric("router_rebuilding", "gauge", "1 while a restarted router waits for reports"),
+    "seconds_left": Metric("seconds_left", "gauge", "Until the server ends; absent while nobody has asked for it"),
     "num_leases": Metric("leases", "gauge", "Live leases of all replicas"),
     "num_unshown_leases": Metric("leases_unshown", "gauge", "Leases that no report of a replica has shown yet"),
     "num_holders": Metric("ingresses", "gauge", "Ingresses heard of"),

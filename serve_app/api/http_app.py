@@ -342,8 +342,8 @@ def _add_routes(app: FastAPI, face: Face) -> None:
 
     @app.get("/ready", tags=["server"], summary="200 once a replica can serve, else 503")
     async def ready() -> JSONResponse:
-        is_ready = face.service.is_ready
-        return JSONResponse({"status": "ready" if is_ready else "loading"}, 200 if is_ready else 503)
+        status = face.service.status
+        return JSONResponse({"status": status}, 200 if status == "ready" else 503)
 
     @app.get("/metrics", tags=["server"], summary="The ledger and its replicas in Prometheus text")
     async def metrics() -> PlainTextResponse:

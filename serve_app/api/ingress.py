@@ -6,6 +6,7 @@ Knows Ray Serve's hooks. What a request means, service.py knows; what HTTP means
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import os
 import time
@@ -15,6 +16,7 @@ from fastapi import FastAPI
 from ray import serve
 
 from serve_app import logs
+from serve_app.api.draining import Draining
 from serve_app.api.http_app import build_app
 from serve_app.api.protocol import RequestLimits
 from serve_app.api.service import Service, load_served_model
@@ -22,7 +24,7 @@ from serve_app.config import IngressUserConfig, ServeArgs
 from serve_app.metrics import render
 from serve_app.replica.channel import Channels
 from serve_app.replica.ray_transport import RayTransport
-from serve_app.routing import replica_set
+from serve_app.routing import departure, replica_set
 from serve_app.routing.ray_router import RayRouter
 from serve_app.routing.router_client import RouterClient
 
@@ -42,6 +44,16 @@ class Ingress:
         model = await asyncio.to_thread(load_served_model, self.args)
         self.service = Service(model, self.router, self.channels, lambda: self.router.state)
         self.router.start()
+        departure.is_leaving()  # raises here, and not in the middle of a drain
+        draining = Draining(
+            self.router,
+            self.channels,
+            is_leaving=departure.is_leaving,
+            seconds=self.args.drain.ingress_seconds,
+            look_seconds=departure.LOOK_SECONDS,
+        )
+        # In an empty context: it belongs to no call.
+        self._draining = asyncio.get_running_loop().create_task(draining.run(), context=contextvars.Context())
         logger.info("ingress %s serves %s", self.ingress_id, ", ".join(model.names))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -81,5 +93,6 @@ class Ingress:
         """The process answers: that is all there is to know. A router or replica that is away ends no ingress."""
 
     async def __del__(self) -> None:
+        self._draining.cancel()
         await self.channels.close()
         await self.router.close()

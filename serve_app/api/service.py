@@ -183,9 +183,15 @@ class Service:
 
     @property
     def is_ready(self) -> bool:
-        """A replica can serve."""
+        return self.status == "ready"
+
+    @property
+    def status(self) -> str:
+        """ready: a replica can serve; loading: none can; draining: the server ends."""
         state = self._replicas()
-        return state is not None and bool(state.replica_ids)
+        if state is not None and state.seconds_left is not None:
+            return "draining"
+        return "ready" if state is not None and state.replica_ids else "loading"
 
     def state(self) -> RouterState:
         """The replicas. Raises EngineUnavailableError if none was ever heard of."""

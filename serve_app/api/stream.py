@@ -27,6 +27,7 @@ from serve_app.errors import (
     EngineUnavailableError,
     LeaseRefusedError,
     OverloadedError,
+    ReplicaDrainedError,
     ReplicaLostError,
     ServerDrainingError,
 )
@@ -163,7 +164,7 @@ class GenerationStream:
         """Raises _Hindered where a request that has already been accepted is told what new ones are told."""
         try:
             async with asyncio.timeout(journey.seconds_left):
-                return await self._leases.lease(self._wanted(avoid, is_continuation=journey.num_losses > 0))
+                return await self._leases.lease(self._wanted(avoid, is_continuation=journey.is_moving))
         except TimeoutError:
             raise journey.give_up("no replica had room") from None
         except ServerDrainingError:
@@ -241,8 +242,9 @@ class GenerationStream:
         for output in batch:
             if output.choice_index not in self._open:
                 continue
-            if output.error_code == EngineUnavailableError.code:
-                self._failure = ReplicaLostError(f"replica {self.replica_id}: {output.error}")
+            if output.error_code in (EngineUnavailableError.code, ReplicaDrainedError.code):
+                kind = ReplicaLostError if output.error_code == EngineUnavailableError.code else ReplicaDrainedError
+                self._failure = kind(f"replica {self.replica_id}: {output.error}")
                 break
             self._emitted[output.choice_index] += output.token_ids
             if output.finish_reason is not None:

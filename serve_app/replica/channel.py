@@ -170,6 +170,13 @@ class Channels:
             raise
         return outputs
 
+    def expire(self, error: Exception) -> int:
+        """Every consumer hears ``error``: see `Outputs.expire`. Returns how many requests that are."""
+        running = {choice.outputs for channel in self._channels.values() for choice in channel._choices.values()}
+        for outputs in running:
+            outputs.expire(error)
+        return len(running)
+
     @property
     def replica_ids(self) -> list[str]:
         """Replicas with an open channel."""

@@ -12,6 +12,8 @@ calls on to these methods. Rules:
   opened from an older number. A newer stream ends the older one.
 - An ingress that is not heard for lease_seconds is given up: its requests are aborted, its channel is unknown from then
   on (ChannelLostError). One that is heard but does not acknowledge keeps at most max_unread_tokens waiting.
+- A replica that leaves ends each stream with the last choice of its ingress. What is left at the end of its time is
+  ended with ReplicaDrainedError, and goes on elsewhere.
 - A lease ends when the engine has ended every choice of its request, and not before.
 """
 
@@ -24,7 +26,13 @@ from concurrent.futures import Future
 from typing import Any, Protocol
 
 from serve_app.engine.request import FinishReason, GenerateRequest, TokenOutput
-from serve_app.errors import ChannelLostError, IngressStalledError, InvalidParameterError, RaggedServeError
+from serve_app.errors import (
+    ChannelLostError,
+    IngressStalledError,
+    InvalidParameterError,
+    RaggedServeError,
+    ReplicaDrainedError,
+)
 from serve_app.logs import get_logger
 from serve_app.replica.messages import HEARTBEAT, ChannelOptions, Message, Outbox
 
@@ -75,7 +83,7 @@ class _Submission:
         self.accepted = accepted
         self.is_superseded = False
         """A later attempt has aborted it; under its id there may already run that one."""
-        self.error: IngressStalledError | None = None
+        self.error: RaggedServeError | None = None
         """Why it was aborted, where that was not the ingress's wish."""
 
 
@@ -119,6 +127,8 @@ class ChannelHub:
         options: ChannelOptions | None = None,
     ) -> None:
         self.is_draining = False
+        self.is_over = False
+        """The time of the drain is over."""
         self.num_messages = 0
         """Messages put on streams: sent again ones too, heart beats not."""
         self._engine = engine
@@ -254,6 +264,17 @@ class ChannelHub:
         for channel in self._channels.values():
             channel.wake()
 
+    def end_drain(self) -> int:
+        """What still runs is ended with ReplicaDrainedError, and so is what still comes. Returns how many submits that
+        were."""
+        self.is_over = True
+        self.start_draining()
+        left = [s for c in self._channels.values() for s in c.submissions.values() if not s.is_superseded]
+        for submission in left:
+            submission.error = ReplicaDrainedError("the replica leaves, and its time to drain is over")
+            self._engine.abort(submission.request_id)
+        return len(left)
+
     @property
     def is_drained(self) -> bool:
         """Draining, nothing runs, and everything has arrived at an ingress that is still there."""
@@ -278,6 +299,8 @@ class ChannelHub:
     def _start(
         self, channel: _Channel, first_key: int, requests: list[GenerateRequest], num_blocks: int
     ) -> _Submission:
+        if self.is_over:
+            raise ReplicaDrainedError("the replica leaves and takes nothing any more")
         if not requests or requests[0].lease_id is None:
             raise InvalidParameterError("lease_id", None, "the id of the lease that the request was granted")
         submission = _Submission(channel, first_key, requests, self._loop.create_future())

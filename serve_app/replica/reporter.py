@@ -1,8 +1,10 @@
-"""Reporter: tells the router what a replica holds, again and again, and passes on what the router answers. Knows no Ray."""
+"""Reporter: tells the router what a replica holds, again and again, and drains it when it leaves. Knows no Ray."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Callable
 
 from serve_app.engine.async_engine import AsyncEngine
 from serve_app.logs import get_logger
@@ -20,7 +22,8 @@ REPORT_CALL_SECONDS = 2.0
 
 
 class Reporter:
-    """The reports of one replica. ``fingerprint``: of its numerics."""
+    """The reports of one replica. ``fingerprint``: of its numerics. ``is_leaving``: whether it was told to leave; asked
+    every ``look_seconds``. Its requests then have ``drain_seconds`` to end."""
 
     def __init__(
         self,
@@ -31,6 +34,10 @@ class Reporter:
         hub: ChannelHub,
         fingerprint: str,
         report_seconds: float = REPORT_SECONDS,
+        *,
+        is_leaving: Callable[[], bool] = bool,
+        drain_seconds: float = 0.0,
+        look_seconds: float = 0.1,
     ) -> None:
         self.num_queued_tokens = 0
         """Tokens that waited in the router at the last report, for autoscaling."""
@@ -41,21 +48,45 @@ class Reporter:
         self._hub = hub
         self._fingerprint = fingerprint
         self._report_seconds = report_seconds
+        self._is_leaving = is_leaving
+        self._drain_seconds = drain_seconds
+        self._look_seconds = look_seconds
+        self._due = asyncio.Event()
+        """A report is due before its time."""
         self._num_reports = 0
 
     async def run(self) -> None:
-        """Reports until it is cancelled."""
+        """Reports, and drains when it is time, until it is cancelled."""
+        await asyncio.gather(self._report_forever(), self._drain())
+
+    async def _report_forever(self) -> None:
         while True:
+            self._due.clear()
             try:
-                answer, self.num_queued_tokens = await asyncio.wait_for(
+                self.num_queued_tokens = await asyncio.wait_for(
                     self._router.call("report", self._report()), REPORT_CALL_SECONDS
                 )
-                if answer.is_draining and not self._hub.is_draining:
-                    logger.info("replica %s drains", self._replica_id)
-                    self._hub.start_draining()
             except (RouterUnavailableError, TimeoutError) as error:
                 logger.info("the router did not take a report: %s %s", type(error).__name__, error)
-            await asyncio.sleep(self._report_seconds)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._due.wait(), self._report_seconds)
+
+    async def _drain(self) -> None:
+        """From the word to leave to the end of the time that it leaves."""
+        while not self._is_leaving():
+            await asyncio.sleep(self._look_seconds)
+        logger.info("replica %s drains: %d requests in %g s", self._replica_id, self._hub.num_live, self._drain_seconds)
+        self._hub.start_draining()
+        self._due.set()  # no more grants: the router is told now
+        await asyncio.sleep(self._drain_seconds)
+        num_left = self._hub.end_drain()
+        if num_left:
+            logger.warning(
+                "replica %s: %d requests still run after %g s and go on elsewhere",
+                self._replica_id,
+                num_left,
+                self._drain_seconds,
+            )
 
     def _report(self) -> ReplicaReport:
         self._num_reports += 1
@@ -73,4 +104,5 @@ class Reporter:
             num_ended_leases=self._table.num_ended,
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
+            is_draining=self._hub.is_draining,
         )

@@ -36,6 +36,7 @@ from serve_app.errors import (
     OverloadedError,
     RaggedServeError,
     RequestTooLargeError,
+    ServerDrainingError,
 )
 
 POLICIES = ("reserve", "expect")
@@ -61,6 +62,9 @@ DRAIN_SECONDS = 10.0
 
 MAX_RETRY_AFTER = 60
 """Seconds."""
+
+CLOSED_SECONDS = 30.0
+"""A server that was to end, and has not ended so long after its time, takes requests again."""
 
 
 def num_blocks_for(num_prompt_tokens: int, num_output_tokens: int, num_choices: int, block_size: int) -> int:
@@ -119,6 +123,8 @@ class LeaseRequest:
     """Of two replicas with room, one with this numerics fingerprint comes first."""
 
     is_continuation: bool = False
+    """Its answer has begun, on a replica that is lost or has left. It waits before all others of its priority, and is let
+    in where nothing new is: the queue is full, or the server ends."""
 
 
 class BookedLease(NamedTuple):
@@ -152,10 +158,8 @@ class ReplicaReport:
     num_running: int = 0
     num_waiting: int = 0
 
-
-class ReportAnswer(NamedTuple):
-    epoch: int
-    is_draining: bool
+    is_draining: bool = False
+    """It leaves: no more grants. What was granted before it still takes."""
 
 
 @dataclass(frozen=True)
@@ -331,8 +335,8 @@ class _Waiting:
     """Ledger._room when it was last found not to fit. As long as that stands it still does not."""
 
     @property
-    def order(self) -> tuple[int, int]:
-        return (self.request.priority, self.number)
+    def order(self) -> tuple[int, bool, int]:
+        return (self.request.priority, not self.request.is_continuation, self.number)
 
 
 class Ledger:
@@ -366,7 +370,8 @@ class Ledger:
         self._by_request: dict[str, str] = {}
         """Request id -> its lease in ``_unshown``."""
         self._ended: OrderedDict[str, _Ended] = OrderedDict()
-        self._draining: set[str] = set()
+        self._ends_at: float | None = None
+        """When the server ends; None: it does not."""
         self._forgotten: dict[str, float] = {}
         self._queue: list[_Waiting] = []
         self._waiting: dict[str, _Waiting] = {}
@@ -382,22 +387,21 @@ class Ledger:
 
     # -------------------------------------------------------------------------------------------------- replicas
 
-    def report(self, report: ReplicaReport, now: float) -> ReportAnswer:
+    def report(self, report: ReplicaReport, now: float) -> None:
         """Takes the replica's table as the truth."""
         self._advance(now)
         replica_id = report.replica_id
-        answer = ReportAnswer(self.epoch, replica_id in self._draining)
         if replica_id in self._forgotten:
             # On its way when the replica went. One that did not go is taken again when the memory of it has faded.
             self.counters["reports_after_end"] += 1
-            return answer
+            return
         replica = self._replicas.get(replica_id)
         is_first = replica is None
         if replica is None:
             replica = self._replicas[replica_id] = _Replica(report, self._now)
         elif report.report_number <= replica.report.report_number:
             self.counters["reports_out_of_order"] += 1
-            return answer
+            return
         replica.report = report
         replica.reported_at = self._now
         shown = set()
@@ -413,7 +417,6 @@ class Ledger:
             self._awaited.discard(replica_id)
             if not self._awaited:
                 self.is_rebuilding = False
-        return answer
 
     def _compare(self, replica: _Replica, booked: BookedLease, is_first: bool) -> None:
         """One row of a report with what is booked."""
@@ -446,10 +449,6 @@ class Ledger:
             self._awaited = set(replica_ids) - self._replicas.keys()
             self.is_rebuilding = bool(self._awaited)
 
-    def start_draining(self, replica_id: str) -> None:
-        """No more grants there; its next report is answered so. Holds for good: a drained replica id never returns."""
-        self._draining.add(replica_id)
-
     def forget_replica(self, replica_id: str, now: float) -> None:
         """The replica is gone, and its leases with it. Reports still on their way are dropped for replica_seconds."""
         self._advance(now)
@@ -467,22 +466,31 @@ class Ledger:
             self._awaited.discard(replica_id)
             self.is_rebuilding = bool(self._awaited)
 
-    def _is_open(self, replica_id: str, replica: _Replica) -> bool:
+    def _is_open(self, replica: _Replica) -> bool:
         """May get grants."""
-        return replica_id not in self._draining and self._now - replica.reported_at <= self.options.replica_seconds
+        return not replica.report.is_draining and self._now - replica.reported_at <= self.options.replica_seconds
 
     # --------------------------------------------------------------------------------------------------- holders
 
     def request(self, request: LeaseRequest, now: float) -> Lease | None:
         """A lease, or None: it waits, and `grants` will answer. A repeated request keeps its place, or gets the same.
 
-        Raises OverloadedError (429) if the queue is full, RequestTooLargeError (400) if no replica's pool could hold it.
+        Raises OverloadedError (429) if the queue is full, RequestTooLargeError (400) if no replica's pool could hold it,
+        ServerDrainingError (503) after `close`.
         """
         self._advance(now)
         self._renew(request.holder_id)
         if (again := self._repeated(request)) is not None:
             return again
         before = self._waiting.get(request.request_id)
+        is_let_in = before is not None or request.is_continuation
+        left = self.seconds_left(now)
+        if left is not None and not is_let_in:
+            self.counters["refused_at_end"] += 1
+            raise ServerDrainingError(
+                f"this server ends within {math.ceil(left)} s and takes nothing new",
+                max(1, math.ceil(min(left, MAX_RETRY_AFTER))),
+            )
         if (too_large := self._too_large(request)) is not None:
             if before is not None:
                 self._leave_queue(before)
@@ -496,7 +504,7 @@ class Ledger:
         self._is_pressed = True
         options = self.options
         others = len(self._queue) - 1
-        if before is None and (
+        if not is_let_in and (
             others >= options.max_queued_requests
             or (others > 0 and self._num_queued_tokens > options.max_queued_tokens)
         ):
@@ -553,6 +561,20 @@ class Ledger:
         if row is not None and row.request is not None and num_output_tokens is not None:
             allowed = row.request.max_output_tokens
             self._lengths.add(min(allowed, -(-num_output_tokens // row.request.num_choices)), allowed)
+
+    def close(self, seconds: float, now: float) -> None:
+        """The server ends in ``seconds``, and nothing new is let in. What waits and what moves is still served.
+
+        Forgotten CLOSED_SECONDS after that time: then whoever wanted it to end has not ended it.
+        """
+        self._advance(now)
+        self._ends_at = self._now + seconds
+
+    def seconds_left(self, now: float) -> float | None:
+        """Until the server ends, at least 0; None: it does not."""
+        if self._ends_at is None or now >= self._ends_at + CLOSED_SECONDS:
+            return None
+        return max(0.0, self._ends_at - now)
 
     def renew(self, holder_id: str, now: float) -> None:
         """The holder lives, and so do all its leases."""
@@ -649,7 +671,7 @@ class Ledger:
         """
         if self.is_rebuilding or not self._queue:
             return
-        candidates = {i: replica for i, replica in self._replicas.items() if self._is_open(i, replica)}
+        candidates = {i: replica for i, replica in self._replicas.items() if self._is_open(replica)}
         passed: list[_Waiting] = []
         i = 0
         while i < len(self._queue) and candidates and len(passed) < MAX_SKIPS:
@@ -929,6 +951,7 @@ class Ledger:
             "policy": self.options.policy,
             "options_version": self._version,
             "is_rebuilding": self.is_rebuilding,
+            "seconds_left": self.seconds_left(self._now),
             "num_leases": len(self._rows),
             "num_unshown_leases": len(self._unshown),
             "num_holders": len(self._holders),
@@ -948,7 +971,7 @@ class Ledger:
                     "num_leases": len(replica.leases),
                     "num_running": replica.report.num_running,
                     "num_waiting": replica.report.num_waiting,
-                    "is_draining": replica_id in self._draining,
+                    "is_draining": replica.report.is_draining,
                     "is_silent": self._now - replica.reported_at > self.options.replica_seconds,
                     "fingerprint": replica.report.fingerprint,
                 }
@@ -990,7 +1013,7 @@ class Ledger:
         assert self._rows.keys().isdisjoint(self._ended), "a lease has ended and is live"
 
 
-def _order(entry: _Waiting) -> tuple[int, int]:
+def _order(entry: _Waiting) -> tuple[int, bool, int]:
     return entry.order
 
 

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
-from serve_app.errors import DeadlineExceededError, EngineUnavailableError
+from serve_app.errors import DeadlineExceededError, EngineUnavailableError, ServerDrainingError
 from serve_app.logs import get_logger
 from serve_app.routing.ledger import Lease, LeaseRequest, LedgerOptions, num_blocks_for
 from serve_app.routing.router import Answer, RouterState, Settled
@@ -83,8 +83,6 @@ class RouterClient:
         self._settled: dict[str, Settled] = {}
         self._withdrawn: dict[str, None] = {}
         self._lost: dict[str, None] = {}
-        self._departing: dict[str, None] = {}
-        self._seen_replicas: set[str] = set()
         self._own: dict[str, tuple[str, int]] = {}
         """Lease -> replica and tokens, of all leases that this ingress holds."""
         self._options: tuple[LedgerOptions, int] | None = None
@@ -96,6 +94,8 @@ class RouterClient:
         self._has_queued = asyncio.Event()
         self._answered = asyncio.Event()
         self._is_closed = False
+        self._end: str | None = None
+        """Why nobody gets a lease any more."""
 
     def start(self) -> None:
         """Starts the three loops. In an empty context: they belong to no client's request."""
@@ -120,6 +120,8 @@ class RouterClient:
         Raises what the ledger answers (OverloadedError, RequestTooLargeError, DeadlineExceededError, ...), and
         EngineUnavailableError if the router is away and no replica is known either.
         """
+        if self._end is not None:
+            raise ServerDrainingError(self._end)
         request_id = request.request_id
         answer: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
         self._answers[request_id] = answer
@@ -142,6 +144,13 @@ class RouterClient:
         self._own.pop(lease.lease_id, None)
         self._settled[lease.lease_id] = Settled(lease.lease_id, num_output_tokens)
         self._has_news.set()
+
+    def end(self, reason: str | None) -> None:
+        """Whoever waits for a lease, or asks for one later, hears ServerDrainingError. None: no longer so."""
+        self._end = reason
+        for answer in self._answers.values():
+            if reason is not None and not answer.done():
+                answer.set_exception(ServerDrainingError(reason))
 
     def replica_lost(self, replica_id: str) -> None:
         """Calls to it fail: the router forgets it at once."""
@@ -294,8 +303,7 @@ class RouterClient:
 
     async def _tell(self) -> None:
         self._has_news.clear()
-        self._find_departed()
-        boxes: tuple[dict[str, Any], ...] = (self._settled, self._withdrawn, self._lost, self._departing)
+        boxes: tuple[dict[str, Any], ...] = (self._settled, self._withdrawn, self._lost)
         told = tuple(dict(box) for box in boxes)
         epoch = None if self.state is None else self.state.epoch
         state: RouterState = await self._call(
@@ -316,13 +324,6 @@ class RouterClient:
             self._queued = {}
             self._has_new.set()
         self._answered.set()
-
-    def _find_departed(self) -> None:
-        """Ray Serve takes a replica that drains off its list, and says no more of it."""
-        current = set(self._replica_ids())
-        for replica_id in self._seen_replicas - current:
-            self._departing[replica_id] = None
-        self._seen_replicas = current
 
     async def _call(self, seconds: float, method: str, *args: Any) -> Any:
         try:

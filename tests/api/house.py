@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import uvicorn
 
+from serve_app.api.draining import Draining
 from serve_app.api.http_app import build_app
 from serve_app.api.service import ServedModel, Service
 from serve_app.config import IngressUserConfig, ServeArgs
@@ -45,7 +46,20 @@ class Replica:
         self.engine.start()
         self.table = LeaseTable(engine.runner.num_kv_blocks)
         self.hub = ChannelHub(self.engine, self.table, asyncio.get_running_loop())
-        reporter = Reporter(house, replica_id, self.engine, self.table, self.hub, "one", report_seconds=0.02)
+        self.is_leaving = False
+        """What Ray Serve tells the real one."""
+        reporter = Reporter(
+            house,
+            replica_id,
+            self.engine,
+            self.table,
+            self.hub,
+            "one",
+            report_seconds=0.02,
+            is_leaving=lambda: self.is_leaving,
+            drain_seconds=house.args.drain.replica_seconds,
+            look_seconds=0.01,
+        )
         self.reporter = asyncio.get_running_loop().create_task(reporter.run())
 
 
@@ -71,6 +85,8 @@ class House:
         self._api_keys = api_keys
         self._cors_origins = cors_origins
         self._make_engine = make_engine
+        self.is_leaving = False
+        """What Ray Serve tells an ingress."""
         self._epoch = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="house", daemon=True)
@@ -159,6 +175,14 @@ class House:
             self.transport.hubs[replica.replica_id] = replica.hub
         self.model: ServedModel = load_served_model(self.args)
         self.client, self.channels, self.service = self.make_client("ingress0")
+        draining = Draining(
+            self.client,
+            self.channels,
+            is_leaving=lambda: self.is_leaving,
+            seconds=self.args.drain.ingress_seconds,
+            look_seconds=0.01,
+        )
+        self._draining = self._loop.create_task(draining.run())
         self.client.set_options(self.config.router.to_ledger_options(), 1)
         app = build_app(self, api_keys=self._api_keys, cors_origins=self._cors_origins)
         self.socket = socket.create_server(("127.0.0.1", 0))
@@ -174,6 +198,7 @@ class House:
     async def _stop(self) -> None:
         self.server.should_exit = True
         await self._serving
+        self._draining.cancel()
         await self.channels.close()
         await self.client.close()
         await self.transport.close()

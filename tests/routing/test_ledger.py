@@ -15,10 +15,12 @@ from serve_app.errors import (
     EngineUnavailableError,
     OverloadedError,
     RequestTooLargeError,
+    ServerDrainingError,
 )
 from serve_app.replica.lease_table import LeaseTable
 from serve_app.routing import ledger as ledger_module
 from serve_app.routing.ledger import (
+    CLOSED_SECONDS,
     BookedLease,
     DrainRate,
     Lease,
@@ -126,14 +128,58 @@ def test_the_memory_of_prefixes_is_as_large_as_the_pool_and_loses_tails_first() 
 def test_a_closed_replica_gets_no_grant(why: str) -> None:
     ledger = made(report("a", num_blocks=50), report("b", num_blocks=10), replica_seconds=3.0)
     if why == "draining":
-        ledger.start_draining("a")
-        assert ledger.report(report("a", 2, num_blocks=50), 4.0).is_draining
+        ledger.report(report("a", 2, num_blocks=50, is_draining=True), 4.0)
     elif why == "avoided":
         ledger.report(report("a", 2, num_blocks=50), 4.0)
-    assert not ledger.report(report("b", 2), 4.0).is_draining
+    ledger.report(report("b", 2), 4.0)
     request = ask("r", not_on=frozenset({"a"}) if why == "avoided" else frozenset())
     assert granted(ledger, request, 4.0).replica_id == "b"
     assert ledger.request(replace(request, request_id="q", not_on=frozenset({"a", "b"})), 4.0) is None
+
+
+def test_a_draining_replica_may_be_the_last_one() -> None:
+    """It is the replica's own word, in each report: nothing else remembers it, and a new life of the router hears it."""
+    ledger = Ledger(LedgerOptions(), 2, rebuilding=True, grace_seconds=1.0)
+    ledger.report(report("a", 7, is_draining=True), 0.0)
+    assert ledger.request(ask("r"), 2.0) is None
+    assert ledger.snapshot()["replicas"]["a"]["is_draining"]
+    ledger.report(report("b"), 2.0)
+    assert [(name, answer.replica_id) for name, answer in ledger.grants(2.0)] == [("r", "b")]  # type: ignore[union-attr]
+
+
+def test_what_moves_goes_before_what_is_new_and_is_never_turned_away() -> None:
+    ledger = made(max_queued_requests=1)
+    whole = granted(ledger, ask("whole", 10))
+    assert ledger.request(ask("new"), 0.0) is None
+    with pytest.raises(OverloadedError):
+        ledger.request(ask("newer"), 0.0)
+    assert ledger.request(ask("moved", is_continuation=True), 0.0) is None
+    ledger.settle(whole.lease_id, 10, 1.0)
+    assert [name for name, _ in ledger.grants(1.0)] == ["moved", "new"]
+    ledger.check_invariants()
+
+
+def test_a_server_that_ends_serves_what_it_has_let_in() -> None:
+    ledger = made(replica_seconds=60.0, lease_seconds=60.0, submit_seconds=60.0)
+    whole = granted(ledger, ask("whole", 10))
+    assert ledger.request(ask("early"), 0.0) is None
+    ledger.close(20.0, 1.0)
+    with pytest.raises(ServerDrainingError, match="ends within 16 s and takes nothing new") as refusal:
+        ledger.request(ask("late"), 5.5)
+    assert refusal.value.retry_after == 16
+    assert ledger.request(ask("early"), 5.5) is None
+    assert ledger.request(ask("moved", is_continuation=True), 5.5) is None
+    ledger.settle(whole.lease_id, 10, 6.0)
+    assert [name for name, _ in ledger.grants(6.0)] == ["moved", "early"]
+    assert (ledger.seconds_left(6.0), ledger.snapshot()["seconds_left"]) == (15.0, 15.0)
+    with pytest.raises(ServerDrainingError):
+        ledger.request(ask("later"), 22.0)
+    assert ledger.seconds_left(22.0) == 0.0
+    # It is still there, long after its end: whoever wanted that has gone.
+    assert ledger.seconds_left(21.0 + CLOSED_SECONDS) is None
+    ledger.report(report(number=2), 21.0 + CLOSED_SECONDS)
+    granted(ledger, ask("next"), 21.0 + CLOSED_SECONDS)
+    assert ledger.counters["refused_at_end"] == 2
 
 
 def test_an_equal_fingerprint_comes_first_if_there_is_room() -> None:
@@ -621,7 +667,7 @@ def keep_what_a_report_no_longer_shows(patch: Patch) -> None:
 
 
 def grant_anywhere(patch: Patch) -> None:
-    patch.setattr(Ledger, "_is_open", lambda ledger, replica_id, replica: True)
+    patch.setattr(Ledger, "_is_open", lambda ledger, replica: True)
 
 
 def grant_on_avoided_replicas(patch: Patch) -> None:
