@@ -15,6 +15,7 @@ RaggedServeError                  500 internal_error
 |- DeadlineExceededError          504 deadline_exceeded
 |- StepFailedError                500 step_failed              the model could not compute this request
 |- DeviceLostError                503 device_lost              the GPU computes nothing any more: the engine must end
+|- SlowReaderError                408 slow_reader              the client reads too slowly
 |- ReplicaKillerError             500 replica_killer           replicas die of this request
 |- EngineUnavailableError         503 engine_unavailable       stopping, draining or dead
 |  `- ServerDrainingError          503 engine_unavailable       the server, or this ingress of it, ends
@@ -154,6 +155,13 @@ class ReplicaKillerError(RaggedServeError):
 
     status = 500
     code = "replica_killer"
+
+
+class SlowReaderError(RaggedServeError):
+    """The client does not take what it asked for, and nothing may be kept for it without a limit."""
+
+    status = 408
+    code = "slow_reader"
 
 
 class EngineUnavailableError(RaggedServeError):

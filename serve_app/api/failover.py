@@ -5,9 +5,10 @@ A stream that has lost its replica is *moving* until its next token has come. It
 lose max_losses replicas in all; then its client hears an error.
 
 A request may be the reason why replicas die. Nobody can tell that from one death: every request on the replica was there.
-So a request that has seen SUSPECT_AFTER deaths goes on *on trial*: of all suspects of an ingress one at a time, until it
-is TRIAL_TOKENS past the place where it lost its last replica. A replica that dies meanwhile speaks against this one
-request; after MAX_DEATHS_ON_TRIAL it is refused, alone. The others have lost a few seconds.
+But who is to blame does not get past the place where it happens. So deaths are counted that a request saw in a row without
+getting TRIAL_TOKENS further. After SUSPECT_AFTER it goes on *on trial*: of all suspects of an ingress one at a time, until
+it has got further. A replica that dies meanwhile speaks against this one request; after MAX_DEATHS_ON_TRIAL in a row it is
+refused, alone. The others have lost a few seconds.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from dataclasses import dataclass
 from serve_app.errors import EngineUnavailableError, ReplicaKillerError, ReplicaLostError
 
 SUSPECT_AFTER = 2
-MAX_DEATHS_ON_TRIAL = 2
+MAX_DEATHS_ON_TRIAL = 3
+"""More than chance does: a machine may lose replicas for other reasons while a suspect runs."""
 TRIAL_TOKENS = 4
-"""Steps that may have been under way when a replica died, and a few more."""
+"""Of each choice: steps that may have been under way when a replica died, and a few more."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +50,21 @@ class Failover:
 class Journey:
     """One stream's way through replicas. ``num_tokens`` everywhere: what its reader has, of all choices."""
 
-    def __init__(self, failover: Failover) -> None:
+    def __init__(self, failover: Failover, num_choices: int = 1) -> None:
         self.is_moving = False
-        """No token has come since a replica was lost, or it is on trial: `progress` wants to know of tokens."""
+        """It is not yet past the place where it lost a replica: `progress` wants to know of tokens."""
         self.num_losses = 0
         self._failover = failover
+        self._trial_tokens = TRIAL_TOKENS * num_choices
+        self._num_deaths = 0
+        """In a row, without getting further."""
         self._num_deaths_on_trial = 0
         self._num_tokens_at_loss = 0
         self._since: float | None = None
         """Of the first loss since its last token: seconds of the loop."""
         self._is_on_trial = False
+        self._is_lost = False
+        """No token has come since."""
 
     @property
     def seconds_left(self) -> float | None:
@@ -68,7 +75,7 @@ class Journey:
 
     async def begin_attempt(self) -> None:
         """Before a lease is asked for. A suspect waits for its turn here. Raises EngineUnavailableError at the bound."""
-        if self.num_losses < SUSPECT_AFTER:
+        if self._num_deaths < SUSPECT_AFTER:
             return
         try:
             async with asyncio.timeout(self.seconds_left):
@@ -80,12 +87,14 @@ class Journey:
 
     def progress(self, num_tokens: int) -> None:
         """Tokens have come. Call it while `is_moving`."""
-        if self._since is not None:
-            self._since = None
+        self._since = None
+        if self._is_lost:
+            self._is_lost = False
             self._failover.counters["resumed"] += 1
-        if self._is_on_trial and num_tokens >= self._num_tokens_at_loss + TRIAL_TOKENS:
+        if num_tokens >= self._num_tokens_at_loss + self._trial_tokens:
+            self._num_deaths = self._num_deaths_on_trial = 0
+            self.is_moving = False
             self.end_attempt()
-        self.is_moving = self._is_on_trial
 
     def end_attempt(self) -> None:
         """However it ended."""
@@ -100,16 +109,18 @@ class Journey:
         self.end_attempt()
         self.hindered()
         counters["lost"] += 1
+        self._is_lost = True
         if not error.may_be_a_death:
             return
         self.num_losses += 1
-        self._num_tokens_at_loss = num_tokens
+        self._num_deaths += 1
         self._num_deaths_on_trial += was_on_trial
+        self._num_tokens_at_loss = num_tokens
         if self._num_deaths_on_trial >= MAX_DEATHS_ON_TRIAL:
             counters["replica_killers"] += 1
             raise ReplicaKillerError(
-                f"{self.num_losses} replicas died while they ran this request, {self._num_deaths_on_trial} of them with no"
-                " other request in suspicion; it is not tried again"
+                f"{self._num_deaths} replicas in a row died at the same place of this request, {self._num_deaths_on_trial} of"
+                " them with no other request in suspicion; it is not tried again"
             ) from error
         if self.num_losses >= self._failover.options.max_losses:
             raise self.give_up(f"it has lost {self.num_losses} replicas, and the limit is that") from error

@@ -110,7 +110,7 @@ class GenerationStream:
         Raises what the ledger or the engine answers, DeadlineExceededError, and where a replica was lost what
         `Journey.lost` raises.
         """
-        journey = Journey(self._failover)
+        journey = Journey(self._failover, len(self._open))
         avoid: frozenset[str] = frozenset()
         num_hindered = 0
         while self._open:
@@ -126,7 +126,7 @@ class GenerationStream:
                                 self._fingerprint = lease.fingerprint
                             if journey.is_moving:
                                 num_hindered = 0
-                                self._count(lease)
+                                self._check_numerics(lease)
                                 journey.progress(self._num_emitted)
                             yield taken
                         if self._failure is not None:
@@ -184,8 +184,8 @@ class GenerationStream:
         self.replica_id = lease.replica_id
         return _Attempt(self._leases, lease, self._channels, submitted, self._block_size, self._deadline)
 
-    def _count(self, lease: Lease) -> None:
-        """The first token after a loss: what is promised of it."""
+    def _check_numerics(self, lease: Lease) -> None:
+        """Of tokens after a loss: what is promised of them."""
         if self._fingerprint and lease.fingerprint and lease.fingerprint != self._fingerprint:
             self._failover.counters["resumed_with_other_numerics"] += 1
             logger.warning(

@@ -17,13 +17,23 @@ from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, NamedTuple, Protocol
 
 from serve_app.engine.request import GenerateRequest, TokenOutput
-from serve_app.errors import ChannelLostError, RaggedServeError, ReplicaLostError, ReplicaUnreachableError
+from serve_app.errors import (
+    ChannelLostError,
+    RaggedServeError,
+    ReplicaLostError,
+    ReplicaUnreachableError,
+    SlowReaderError,
+)
 from serve_app.logs import get_logger
 from serve_app.replica.messages import ChannelOptions, Message, decode
 
 logger = get_logger(__name__)
 
 MAX_BACKOFF_SECONDS = 0.5
+MAX_BEHIND = 8192
+"""Outputs kept for a consumer that does not take them."""
+GOODBYE_SECONDS = 60.0
+"""How long a lost replica is told that its channel is closed. One that hung and goes on ends those requests then."""
 MAX_SUBMIT_CALLS = 4
 """Calls that submit to one replica at a time. A call returns when the engine has taken its requests, which is between two
 steps; those that come meanwhile go together. A few, so that one that comes just after a call need not wait for it."""
@@ -48,6 +58,7 @@ class Outputs:
         self.error: Exception | None = None
         """ReplicaLostError, or why the submit was refused."""
         self._expired: Exception | None = None
+        self._cut: SlowReaderError | None = None
         self._channel = channel
         self._keys = {request.choice_index: first_key + i for i, request in enumerate(requests)}
         """Choice -> key, of the choices that have not ended."""
@@ -69,8 +80,10 @@ class Outputs:
         """Everything that has come since the last call, at least one output. [] when every choice has ended.
 
         Raises ReplicaLostError when what came before it has been taken, or the reason of a refusal, or what `expire`
-        was given.
+        was given; and SlowReaderError at once, where more has come than is kept for one consumer.
         """
+        if self._cut is not None:
+            raise self._cut
         while not self._arrived:
             if self.error is not None:
                 raise self.error
@@ -80,6 +93,8 @@ class Outputs:
                 return []
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
+            if self._cut is not None:
+                raise self._cut
         self._has_taken = True
         arrived, self._arrived = self._arrived, []
         return arrived
@@ -97,6 +112,15 @@ class Outputs:
         """The consumer waits no longer: `next` raises ``error`` behind what has come. The replica is told by `abort`."""
         self._expired = error
         self._wake()
+
+    def _fall_behind(self, limit: int) -> None:
+        """More than ``limit`` outputs wait for the consumer."""
+        if self._cut is None:
+            self._cut = SlowReaderError(
+                f"{len(self._arrived)} tokens wait for this client, which does not read them; at most {limit} are kept"
+            )
+            self.abort()
+        self._arrived.clear()
 
     async def ended(self) -> None:
         """Returns when the replica has ended every choice, has refused the request, or is lost. See ``error``."""
@@ -143,6 +167,8 @@ class Channels:
     def __init__(self, transport: Transport, ingress_id: str, options: ChannelOptions | None = None) -> None:
         self.ingress_id = ingress_id
         self.options = options or ChannelOptions()
+        self.max_behind = MAX_BEHIND
+        """May change while it runs."""
         self._transport = transport
         self._channels: dict[str, _Channel] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -303,7 +329,7 @@ class _Channel:
 
     async def _run(self) -> None:
         try:
-            self._opened.set_result(await self._call_twice("open_channel", self._channels.ingress_id))
+            self._opened.set_result(await self._open())
             await self._read_streams()
         except asyncio.CancelledError:
             raise
@@ -314,6 +340,16 @@ class _Channel:
             self.lose(ReplicaLostError(f"replica {self.replica_id}: {type(error).__name__}: {error}"))
         else:
             self._close()
+
+    async def _open(self) -> int:
+        """Raises ReplicaLostError."""
+        try:
+            async with asyncio.timeout(self._options.lost_seconds):
+                channel_id: int = await self._call_twice("open_channel", self._channels.ingress_id)
+                return channel_id
+        except TimeoutError:
+            seconds = self._options.lost_seconds
+            raise ReplicaLostError(f"replica {self.replica_id} opens no channel for {seconds:g} s") from None
 
     async def _read_streams(self) -> None:
         """Returns when a stream has ended and nothing more is to come; raises ReplicaLostError."""
@@ -389,6 +425,8 @@ class _Channel:
                 )
                 if outputs._waiter is not None:
                     outputs._wake()
+                elif len(outputs._arrived) > self._channels.max_behind:
+                    outputs._fall_behind(self._channels.max_behind)
         for entry in rich:
             if (choice := choices.get(entry[0])) is not None:
                 self._take_rich(choice, entry)
@@ -399,7 +437,10 @@ class _Channel:
         key, outputs = entry[0], choice.outputs
         output = decode(entry, outputs.request_id, choice.choice_index)
         outputs._arrived.append(output)
-        outputs._wake()
+        if outputs._waiter is not None:
+            outputs._wake()
+        elif len(outputs._arrived) > self._channels.max_behind:
+            outputs._fall_behind(self._channels.max_behind)
         if output.finish_reason is not None:
             del self._choices[key]
             outputs._end_choice(choice.choice_index)
@@ -481,8 +522,15 @@ class _Channel:
                 task.cancel()
 
     async def _say_goodbye(self, channel_id: int) -> None:
-        """Lets the replica forget the channel now, and not after lease_seconds."""
-        try:
-            await self._call("close_channel", channel_id)
-        except Exception as error:
-            logger.info("replica %s was not told of the channel's end: %s", self.replica_id, error)
+        """Lets the replica forget the channel now, and not after lease_seconds. One that hangs hears it when it goes on."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + GOODBYE_SECONDS
+        while True:
+            try:
+                return await self._call("close_channel", channel_id)
+            except Exception as error:
+                is_open = isinstance(error, ReplicaUnreachableError) and not self._channels._is_closed
+                if not is_open or loop.time() >= until:
+                    logger.info("replica %s was not told of the channel's end: %s", self.replica_id, error)
+                    return None
+            await asyncio.sleep(MAX_BACKOFF_SECONDS)

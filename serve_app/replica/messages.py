@@ -24,14 +24,15 @@ HEARTBEAT: Message = (0, (), ())
 class ChannelOptions:
     """Times in seconds. Both ends should be given the same."""
 
-    heartbeat_seconds: float = 1.0
-    """An idle stream carries an empty message this often."""
+    heartbeat_seconds: float = 0.5
+    """An idle stream carries an empty message this often; the first one after up to twice that."""
 
-    silence_seconds: float = 3.0
+    silence_seconds: float = 1.5
     """The ingress opens a stream anew that has carried nothing for so long."""
 
-    lost_seconds: float = 6.0
-    """The ingress takes a replica for lost that it has not heard for so long. Above silence_seconds."""
+    lost_seconds: float = 3.0
+    """The ingress takes a replica for lost that it has not heard for so long, dead, hung or cut off. Above
+    silence_seconds, so that a new stream is tried before."""
 
     lease_seconds: float = 10.0
     """The replica gives an ingress up that it has not heard for so long, and aborts its requests."""

@@ -26,6 +26,7 @@ from serve_app.errors import (
     LeaseRefusedError,
     ReplicaLostError,
     ReplicaUnreachableError,
+    SlowReaderError,
 )
 from serve_app.replica import output_hub
 from serve_app.replica.channel import Channels
@@ -792,3 +793,46 @@ def test_with_the_engine_on_its_own_thread() -> None:
         assert threading.active_count() <= num_threads + 5
 
     asyncio.run(test())
+
+
+def test_a_consumer_that_does_not_read_is_cut_off() -> None:
+    """Its request is ended, what waited is dropped, and it hears why; one beside it that reads loses nothing."""
+
+    async def test() -> None:
+        async with Service() as service:
+            ingress = service.ingress()
+            ingress.max_behind = 20
+            slow = await ingress.submit("replica0", simple_request("slow", max_tokens=FOREVER), 50)
+            request = simple_request("quick", max_tokens=60)
+            quick = await ingress.submit("replica0", request, 50)
+            check_tokens(request, await collect(quick))
+            await slow.ended()
+            assert len(slow._arrived) <= 20
+            with pytest.raises(SlowReaderError, match=r"21 tokens wait for this client.*at most 20"):
+                await slow.next()
+
+    run_virtual(test)
+
+
+def test_a_hung_replica_hears_that_its_channel_is_closed_when_it_goes_on() -> None:
+    async def test() -> None:
+        async with Service(options=ChannelOptions(lease_seconds=60.0)) as service:
+            ingress = service.ingress()
+            outputs = await ingress.submit("replica0", simple_request("a", max_tokens=FOREVER), 50)
+            await outputs.next()
+            service.transport.hold = lambda *_: True
+            for queue in service.transport._breaks["replica0"]:
+                queue.get = asyncio.Event().wait  # type: ignore[method-assign, assignment]
+            with pytest.raises(ReplicaLostError, match="silent"):
+                await read_on(outputs, [])
+            assert service.hubs[0].num_channels == 1
+            await asyncio.sleep(2.5 * service.options.call_seconds)
+            service.transport.hold = lambda *_: False
+            started = service.loop.time()
+            while service.hubs[0].num_live:
+                await asyncio.sleep(0.01)
+            # Told, and not by its own patience with a silent ingress.
+            assert service.transport.counts["close_channel"] >= 2
+            assert service.loop.time() - started < 2 * service.options.call_seconds
+
+    run_virtual(test)
