@@ -1,6 +1,6 @@
 """Starts the server and ends it: `serve run FILE` with progress, one sentence for what goes wrong, and nothing left behind.
 
-    python -m serve_app.launch deploy/config.yaml          Ctrl-C or SIGTERM drains and ends everything
+    python -m serve_app.launch deploy/config.yaml          Ctrl-C or SIGTERM drains and ends everything; again: at once
 
 This process supervises, and loads no Ray. serve_run.py does the work in a child process and tells of it through a pipe, one
 JSON object a line. All that the child starts is found again: orphans become children of this process (Linux).
@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from typing import IO, Any
 
 STOP_SECONDS = 45.0
-"""Serve waits at most 30 s for its drain, then Ray ends. After this the rest is killed."""
+"""After the drain Serve waits at most 30 s for its parts, then Ray ends. After this the rest is killed."""
 REST_SECONDS = 5.0
 """Processes that Ray leaves end by themselves within this, or are told to, and then killed."""
 PROBE_SECONDS = 1.0
@@ -252,13 +252,19 @@ class Launch:
         return 2 if child.returncode == 2 else 1
 
     def _stop(self, child: subprocess.Popen[bytes]) -> int:
-        self._screen.say("draining: running answers get up to 30 s (Ctrl-C again ends at once)")
+        seconds = self._plan["drain_seconds"] if self._plan is not None and self._is_ready else 0.0
+        if seconds:
+            self._screen.say(
+                f"draining: nothing new is taken, running answers get up to {seconds:g} s (Ctrl-C again ends at once)"
+            )
         num_signals = self._num_signals
         self._has_failed = True  # whatever it says now, it was asked to end
         with contextlib.suppress(ProcessLookupError):
             child.send_signal(signal.SIGINT)
-        deadline = time.monotonic() + STOP_SECONDS
+        deadline = time.monotonic() + seconds + STOP_SECONDS
         while child.poll() is None and time.monotonic() < deadline and self._num_signals == num_signals:
+            if (progress := self._take_events()) is not None:
+                self._screen.show(progress)
             reap_orphans(child)
             time.sleep(0.05)
         return end_descendants(child, REST_SECONDS if child.poll() is not None else 0.0)

@@ -4,8 +4,11 @@ Checks the file and the surroundings, sets the environment (Ray reads it when it
 dashboard, or uses the one that RAY_ADDRESS names, and then runs Ray Serve's own command. Meanwhile a thread looks at the
 application's status: `serve run` says success before anything has started.
 
+The first SIGINT or SIGTERM drains: the routers take nothing new, and what runs has args.drain.ingress_seconds to end. Then,
+or at the second signal, Ray Serve is shut down.
+
 What goes through the pipe, one JSON object a line: {"event": "progress" | "note" | "failed", "text"}, and {"event": "plan",
-"url", "model"} when the server may be asked whether it is ready.
+"url", "model", "drain_seconds"} when the server may be asked whether it is ready.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +39,12 @@ OBJECT_STORE_BYTES = 256 * 2**20
 """Of the Ray that is started here. Prompts and tokens go through it only if they are large."""
 STATUS_SECONDS = 0.5
 """Between two looks at the application's status."""
+DRAIN_LOOK_SECONDS = 0.2
+"""Between two looks at what still runs."""
+TELL_SECONDS = 3.0
+"""After the drain's time: the ingresses tell the clients that are left."""
+ROUTER_SECONDS = 5.0
+"""A router that has not answered by then is asked again."""
 CONNECT_SECONDS = 2.0
 PR_SET_PDEATHSIG = 1
 
@@ -285,6 +295,70 @@ class Watcher:
         return True
 
 
+# ---- the drain -------------------------------------------------------------------------------------------------------
+
+
+class Drain:
+    """Of the server. ``seconds``: application -> how long its answers may take to end."""
+
+    def __init__(self, say: Any, seconds: Mapping[str, float]) -> None:
+        self.has_begun = False
+        self._say = say
+        self._seconds = seconds
+
+    def on_signal(self, number: int, frame: object) -> None:
+        """A signal handler. Waits for the drain in the main thread, which does nothing else meanwhile, and then interrupts
+        it; a second signal interrupts the wait."""
+        if not self.has_begun:
+            self.has_begun = True
+            # In a thread: the handler may have come between two steps of a call of Ray's.
+            thread = threading.Thread(target=self._run, name="drain", daemon=True)
+            thread.start()
+            while thread.is_alive():
+                thread.join(DRAIN_LOOK_SECONDS)
+        raise KeyboardInterrupt
+
+    def _run(self) -> None:
+        started_at = time.monotonic()
+        while True:
+            elapsed = time.monotonic() - started_at
+            left = [self._look(name, seconds - elapsed) for name, seconds in self._seconds.items()]
+            if not any(left) or elapsed > max(self._seconds.values()) + TELL_SECONDS:
+                return
+            self._say("progress", f"draining: {sum(left)} requests run or wait")
+            time.sleep(DRAIN_LOOK_SECONDS)
+
+    def _look(self, application: str, seconds: float) -> int:
+        """Requests that run or wait. The router takes nothing new from now on."""
+        import ray
+        from ray.exceptions import RayError
+
+        from serve_app.routing.ray_router import NAMESPACE, actor_name
+
+        try:
+            router = ray.get_actor(actor_name(application), namespace=NAMESPACE)
+        except ValueError:
+            return 0  # nobody has ever asked for anything
+        try:
+            snapshot: Any = ray.get(router.snapshot.remote(), timeout=ROUTER_SECONDS)
+            if snapshot["seconds_left"] is None:  # the first look, or it was restarted
+                ray.get(router.close.remote(max(0.0, seconds)), timeout=ROUTER_SECONDS)
+        except RayError as error:
+            self._say("progress", f"draining: the router of {application} does not answer ({type(error).__name__})")
+            return 1
+        return int(snapshot["num_leases"] + snapshot["num_queued_requests"])
+
+    def forget(self) -> None:
+        """The routers outlive Ray Serve for a while. One that takes nothing new must not meet the next server."""
+        import ray
+
+        from serve_app.routing.ray_router import NAMESPACE, actor_name
+
+        for application in self._seconds if self.has_begun else ():
+            with contextlib.suppress(ValueError):
+                ray.kill(ray.get_actor(actor_name(application), namespace=NAMESPACE))
+
+
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
@@ -337,11 +411,12 @@ def _serve(file: str, config: Mapping[str, Any], url: str, say: Any, *, is_ours:
     import ray
     from ray import serve
 
-    from serve_app.config import ServeArgs
+    from serve_app.config import IMPORT_PATH, ServeArgs
 
     applications = config["applications"]
     code = 0
     watcher = Watcher(say, applications)
+    drain: Drain | None = None
     (entry_point,) = importlib.metadata.entry_points(group="console_scripts", name="serve")
     command = entry_point.load()
     try:
@@ -355,7 +430,17 @@ def _serve(file: str, config: Mapping[str, Any], url: str, say: Any, *, is_ours:
             say("note", "uses the Ray that RAY_ADDRESS names; its own RAY_SERVE_* variables count, not those set here")
         say("progress", "starting Ray Serve")
         watcher.start()
-        say("plan", url=url, model=ServeArgs.parse(applications[0].get("args") or {}).model.names[0])
+        ours = [one for one in applications if one["import_path"] in (IMPORT_PATH, IMPORT_PATH.replace(":", "."))]
+        args = {one["name"]: ServeArgs.parse(one.get("args") or {}) for one in ours}
+        drain = Drain(say, {name: one.drain.ingress_seconds for name, one in args.items()})
+        say(
+            "plan",
+            url=url,
+            model=next(iter(args.values())).model.names[0],
+            drain_seconds=max(one.drain.ingress_seconds for one in args.values()),
+        )
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, drain.on_signal)
         command(["run", file], standalone_mode=False)
     except KeyboardInterrupt:  # before the command was ready for it
         with contextlib.suppress(KeyboardInterrupt):
@@ -368,6 +453,8 @@ def _serve(file: str, config: Mapping[str, Any], url: str, say: Any, *, is_ours:
         if watcher.failure is not None:
             code = 1
             say("failed", f"it cannot be served: {watcher.failure}")
+        if drain is not None:
+            drain.forget()
         ray.shutdown()
     return code
 
@@ -403,7 +490,7 @@ def main(argv: Sequence[str]) -> int:
     pipe = os.fdopen(int(descriptor), "w", encoding="utf-8", buffering=1)
     lock = threading.Lock()
 
-    def say(event: str, text: str = "", **more: str) -> None:
+    def say(event: str, text: str = "", **more: object) -> None:
         with lock, contextlib.suppress(OSError):  # nobody listens any more
             pipe.write(json.dumps({"event": event, "text": text, **more}) + "\n")
 

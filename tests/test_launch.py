@@ -9,7 +9,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -340,3 +342,84 @@ def test_it_serves_and_leaves_nothing_behind(tmp_path: Path, number: signal.Sign
     assert "had to be killed" not in run.output
     assert run.output.endswith("ended\n")
     assert not work.exists()
+
+
+class Reader(threading.Thread):
+    """A client that reads one streamed completion to its end."""
+
+    def __init__(self, port: int, num_tokens: int) -> None:
+        super().__init__(daemon=True)
+        body = {"model": "tiny", "prompt": "on and on", "max_tokens": num_tokens, "ignore_eos": True, "stream": True}
+        self._request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+        )
+        self.events: list[str] = []
+        self.status = 0
+        self.retry_after: str | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            with urllib.request.urlopen(self._request, timeout=120) as answer:
+                self.status = answer.status
+                for line in answer:
+                    if line.strip():
+                        self.events.append(line.decode().strip().removeprefix("data: "))
+        except urllib.error.HTTPError as error:
+            self.status, self.retry_after = error.code, error.headers["retry-after"]
+            self.events.append(error.read().decode())
+
+    @property
+    def num_tokens(self) -> int:
+        """One event a token, one with the reason why it ends, and [DONE]."""
+        return sum("choices" in event for event in self.events)
+
+
+@pytest.mark.slow
+def test_a_signal_lets_streams_end_and_says_what_it_cuts(tmp_path: Path) -> None:
+    """Two streams run when SIGTERM comes. One ends in time; the other is longer than the time, and is told so."""
+    port = free_port(0)
+    model = make_tiny_model(tmp_path / "model", vocab_size=300, eos=())
+    file = write_config(tmp_path, str(model), port)
+    config = yaml.safe_load(file.read_text())
+    args = config["applications"][0]["args"]
+    args["model"]["simulated"] = {"seconds_per_step": 0.02}
+    args["engine"] |= {"max_model_len": 2000, "num_kv_blocks": 200}
+    args["drain"] = {"ingress_seconds": 10}
+    file.write_text(yaml.safe_dump(config))
+    run = Run(file, tmp_path)
+    processes: list[psutil.Process] = []
+    try:
+        run.wait_for("ready after ")
+        short, long = Reader(port, 150), Reader(port, 1900)
+        deadline = time.monotonic() + 60
+        while not (short.num_tokens and long.num_tokens):
+            assert time.monotonic() < deadline, (short.events, long.events)
+            time.sleep(0.01)
+        processes = psutil.Process(run.process.pid).children(recursive=True)
+        run.process.send_signal(signal.SIGTERM)
+        run.wait_for("draining: nothing new is taken, running answers get up to 10 s")
+        refused = Reader(port, 3)
+        while refused.is_alive() or refused.status == 200:
+            assert time.monotonic() < deadline, refused.events
+            refused.join()
+            if refused.status == 200:  # it came before the router knew
+                refused = Reader(port, 3)
+        assert refused.status == 503, refused.events
+        assert 1 <= int(refused.retry_after or 0) <= 10
+        assert "takes nothing new" in json.loads(refused.events[0])["error"]["message"]
+        assert run.process.wait(120) == 0, run.output
+        short.join()
+        long.join()
+    finally:
+        run.close()
+    assert short.events[-1] == "[DONE]", short.events[-3:]
+    assert json.loads(short.events[-2])["choices"][0]["finish_reason"] == "length"
+    error = json.loads(long.events[-1])["error"]
+    assert "this server ends" in error["message"]
+    assert error["code"] == "engine_unavailable"
+    assert long.num_tokens > short.num_tokens
+    assert "draining: 2 requests run or wait" in run.output
+    assert run.output.endswith("ended\n")
+    assert "had to be killed" not in run.output
+    assert [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
