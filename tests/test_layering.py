@@ -31,7 +31,7 @@ class Room:
     """Patterns of the project files it may import, if they also stand earlier in ORDER."""
 
 
-CORE_FILES = ("errors.py", "logs.py", "engine/*.py", "routing/ledger.py", "replica/lease_table.py")
+CORE_FILES = ("errors.py", "logs.py", "engine/*.py", "routing/estimates.py", "routing/ledger.py", "replica/lease_table.py")
 TEXT_PACKAGES = frozenset({"numpy", "tokenizers", "jinja2", "huggingface_hub"})
 DEVICE_PACKAGES = frozenset(
     {"numpy", "torch", "triton", "numba", "llvmlite", "safetensors", "huggingface_hub", "transformers", "tqdm"}
@@ -70,6 +70,7 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("engine/simulated_runner.py", CORE),
     ("engine/baselines.py", CORE),
     ("engine/timeline.py", CORE),
+    ("routing/estimates.py", CORE),
     ("routing/ledger.py", CORE),
     ("replica/lease_table.py", CORE),
     # text, which sees requests and nothing else of the engine

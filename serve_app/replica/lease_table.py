@@ -42,12 +42,17 @@ class LeaseTable:
         return lease_id in self._rows
 
     @property
+    def num_booked_seqs(self) -> int:
+        """Choices of all leases, also those that have ended."""
+        return sum(row.num_seqs for row in self._rows.values())
+
+    @property
     def num_free_blocks(self) -> int:
         """Negative after growth past the pool."""
         return self.num_blocks - self.num_booked_blocks
 
-    def open(self, lease_id: str, holder_id: str, num_blocks: int, now: float) -> None:
-        """Books the lease. Raises LeaseRefusedError if it does not fit, or is open already."""
+    def open(self, lease_id: str, holder_id: str, num_blocks: int, now: float, num_seqs: int = 1) -> None:
+        """Books the lease, of ``num_seqs`` choices. Raises LeaseRefusedError if it does not fit, or is open already."""
         if lease_id in self._rows:
             raise LeaseRefusedError(f"lease {lease_id} is open already")
         if not 1 <= num_blocks <= self.num_free_blocks:
@@ -55,7 +60,7 @@ class LeaseTable:
             raise LeaseRefusedError(
                 f"lease {lease_id} asks for {num_blocks} blocks; {self.num_free_blocks} of {self.num_blocks} are free"
             )
-        self._set_blocks(BookedLease(lease_id, holder_id, 0), num_blocks)
+        self._set_blocks(BookedLease(lease_id, holder_id, 0, num_seqs), num_blocks)
         self.renew(holder_id, now)
 
     def grow(self, lease_id: str, num_blocks: int) -> bool:

@@ -53,7 +53,7 @@ class EngineSeam(Protocol):
 class LeaseBook(Protocol):
     """What is used of LeaseTable."""
 
-    def open(self, lease_id: str, holder_id: str, num_blocks: int, now: float) -> Any: ...
+    def open(self, lease_id: str, holder_id: str, num_blocks: int, now: float, num_seqs: int = 1) -> Any: ...
 
     def end(self, lease_id: str) -> Any: ...
 
@@ -304,7 +304,7 @@ class ChannelHub:
         if not requests or requests[0].lease_id is None:
             raise InvalidParameterError("lease_id", None, "the id of the lease that the request was granted")
         submission = _Submission(channel, first_key, requests, self._loop.create_future())
-        self._table.open(submission.lease_id, channel.ingress_id, num_blocks, self._loop.time())
+        self._table.open(submission.lease_id, channel.ingress_id, num_blocks, self._loop.time(), len(requests))
         earlier = self._latest.get(submission.request_id)
         is_latest = earlier is None or earlier.attempt < submission.attempt
         if earlier is not None and is_latest and not earlier.is_superseded:

@@ -100,6 +100,7 @@ class Reporter:
             num_blocks=self._table.num_blocks,
             max_model_len=scheduler.max_model_len,
             fingerprint=self._fingerprint,
+            max_num_seqs=self._engine.engine.config.max_num_seqs,
             leases=self._table.rows(),
             num_ended_leases=self._table.num_ended,
             num_running=len(scheduler.running),

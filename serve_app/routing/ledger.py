@@ -24,7 +24,7 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import bisect_left, insort
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -38,6 +38,7 @@ from serve_app.errors import (
     RequestTooLargeError,
     ServerDrainingError,
 )
+from serve_app.routing.estimates import DrainRate, OutputLengths, ServiceTime
 
 POLICIES = ("reserve", "expect")
 
@@ -48,17 +49,16 @@ MAX_SKIPS = 32
 """Requests granted past one that does not fit, in its whole life; then one replica is held for it until it fits. Also
 the most waiting requests that one look at the queue passes over."""
 
-QUANTILE = 0.9
-"""Share of the finished answers that were no longer than what `expect` books."""
+STANDBY_SHARE = 8
+"""A replica is granted one sequence more for every so many that its steps hold, at least one: the next is there when one
+ends. More than that would wait in its engine, behind a queue that nobody bounds."""
 
-NUM_LENGTHS = 512
-"""Answers that `expect` remembers."""
+TIME_MARGIN = 1.25
+"""A request is let wait if it would be done in time were the wait and the answer so much longer than expected."""
 
-MIN_LENGTHS = 32
-"""Answers before which `expect` books as `reserve` does."""
-
-DRAIN_SECONDS = 10.0
-"""Time constant of the drain rate."""
+WAIT_SHARE = 0.25
+"""Of the time that a request has, what waiting may take. A queue as long as the shortest answers can bear would serve them
+alone, and show nobody a token before half of the time has passed."""
 
 MAX_RETRY_AFTER = 60
 """Seconds."""
@@ -133,6 +133,8 @@ class BookedLease(NamedTuple):
     lease_id: str
     holder_id: str
     num_blocks: int
+    num_seqs: int = 1
+    """Choices."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,8 @@ class ReplicaReport:
 
     num_running: int = 0
     num_waiting: int = 0
+    max_num_seqs: int = 1 << 30
+    """Sequences that one step holds."""
 
     is_draining: bool = False
     """It leaves: no more grants. What was granted before it still takes."""
@@ -208,62 +212,6 @@ class LedgerOptions:
         )
 
 
-# ------------------------------------------------------------------------------------------------------ what is learned
-
-
-class OutputLengths:
-    """A high quantile of the last NUM_LENGTHS answers, as a length and as a share of what each was allowed."""
-
-    def __init__(self) -> None:
-        self._recent: deque[tuple[int, float]] = deque()
-        self._lengths: list[int] = []
-        self._shares: list[float] = []
-
-    def __len__(self) -> int:
-        return len(self._recent)
-
-    def add(self, num_output_tokens: int, max_output_tokens: int) -> None:
-        """One finished answer (the mean of its choices)."""
-        seen = (num_output_tokens, min(1.0, num_output_tokens / max_output_tokens))
-        self._recent.append(seen)
-        insort(self._lengths, seen[0])
-        insort(self._shares, seen[1])
-        if len(self._recent) > NUM_LENGTHS:
-            length, share = self._recent.popleft()
-            del self._lengths[bisect_left(self._lengths, length)]
-            del self._shares[bisect_left(self._shares, share)]
-
-    def expected(self, max_output_tokens: int) -> int:
-        """Tokens to book for an answer that may have ``max_output_tokens``: at least 1, at most those."""
-        if len(self._recent) < MIN_LENGTHS:
-            return max_output_tokens
-        place = min(len(self._recent) - 1, int(QUANTILE * len(self._recent)))
-        share = math.ceil(self._shares[place] * max_output_tokens)
-        return max(1, min(max_output_tokens, self._lengths[place], share))
-
-
-class DrainRate:
-    """Tokens freed per second, exponentially weighted over the seconds in which somebody waited for them."""
-
-    def __init__(self) -> None:
-        self._tokens = 0.0
-        self._seconds = 0.0
-
-    def elapse(self, seconds: float) -> None:
-        """Both sums decay, so early on the rate is the plain mean: there is no bias towards zero to correct."""
-        decay = math.exp(-seconds / DRAIN_SECONDS)
-        self._tokens *= decay
-        self._seconds = self._seconds * decay + DRAIN_SECONDS * (1.0 - decay)
-
-    def add(self, num_tokens: int) -> None:
-        self._tokens += num_tokens
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """None: less than a tenth of a second was seen."""
-        return self._tokens / self._seconds if self._seconds >= 0.1 else None
-
-
 # ----------------------------------------------------------------------------------------------------------- the books
 
 
@@ -274,6 +222,7 @@ class _Row:
     lease_id: str
     holder_id: str
     replica_id: str
+    num_seqs: int = 1
     num_blocks: int = 0
     """Changed by Ledger._set_blocks alone."""
     granted_at: float = 0.0
@@ -300,6 +249,8 @@ class _Replica:
     leases: dict[str, _Row] = field(default_factory=dict)
     num_booked_blocks: int = 0
     """The sum over ``leases``. Changed by Ledger._set_blocks alone."""
+    num_booked_seqs: int = 0
+    """The same for sequences."""
     prefixes: OrderedDict[int, None] = field(default_factory=OrderedDict)
     """Hashes of the prompts granted to it, as many as its pool has blocks, least recently granted first."""
     last_grant: int = 0
@@ -307,6 +258,11 @@ class _Replica:
     @property
     def num_free_blocks(self) -> int:
         return self.report.num_blocks - self.num_booked_blocks
+
+    def has_place(self, num_choices: int) -> bool:
+        """For so many sequences more. For a request of more than a step holds: if there is nothing else."""
+        most = self.report.max_num_seqs
+        return self.num_booked_seqs + min(num_choices, most) <= most + max(1, most // STANDBY_SHARE)
 
 
 @dataclass(slots=True, eq=False)
@@ -326,6 +282,8 @@ class _Waiting:
     queued_at: float
     deadline: float
     """Of the request itself; inf: none."""
+    starts_by: float
+    """Granted later it would not be done by its deadline."""
     num_tokens: int
     num_expected_tokens: int
     num_skipped: int = 0
@@ -382,6 +340,7 @@ class Ledger:
         self._answers: OrderedDict[str, Lease | RaggedServeError] = OrderedDict()
         self._lengths = OutputLengths()
         self._drain = DrainRate()
+        self._service = ServiceTime()
         self._is_pressed = False
         """The last request found no room, so what is freed is freed as fast as it can be."""
 
@@ -430,7 +389,13 @@ class Ledger:
                 return
             self.counters["adopted" if is_first or self.is_rebuilding else "drift"] += 1
             self._ended.pop(booked.lease_id, None)
-            row = _Row(booked.lease_id, booked.holder_id, replica.report.replica_id, granted_at=self._now)
+            row = _Row(
+                booked.lease_id,
+                booked.holder_id,
+                replica.report.replica_id,
+                num_seqs=booked.num_seqs,
+                granted_at=self._now,
+            )
         elif row.num_blocks < booked.num_blocks:
             self.counters["grown_blocks"] += booked.num_blocks - row.num_blocks
         elif row.num_blocks > booked.num_blocks:
@@ -475,8 +440,8 @@ class Ledger:
     def request(self, request: LeaseRequest, now: float) -> Lease | None:
         """A lease, or None: it waits, and `grants` will answer. A repeated request keeps its place, or gets the same.
 
-        Raises OverloadedError (429) if the queue is full, RequestTooLargeError (400) if no replica's pool could hold it,
-        ServerDrainingError (503) after `close`.
+        Raises OverloadedError (429) if the queue is full, or so long that it would wait in vain; RequestTooLargeError
+        (400) if no replica's pool could hold it; ServerDrainingError (503) after `close`.
         """
         self._advance(now)
         self._renew(request.holder_id)
@@ -502,19 +467,35 @@ class Ledger:
             return answer
         assert answer is None, "only expiries answer with an error, and they came first"
         self._is_pressed = True
-        options = self.options
-        others = len(self._queue) - 1
-        if not is_let_in and (
-            others >= options.max_queued_requests
-            or (others > 0 and self._num_queued_tokens > options.max_queued_tokens)
-        ):
+        if not is_let_in and (reason := self._why_not_wait(entry)) is not None:
             retry_after = self._retry_after()
             self._leave_queue(entry)
+            raise OverloadedError(reason, retry_after)
+        return None
+
+    def _why_not_wait(self, entry: _Waiting) -> str | None:
+        """Why a new request may not wait, in words; None: it may. Counts it."""
+        options = self.options
+        others = len(self._queue) - 1
+        if others >= options.max_queued_requests or (
+            others > 0 and self._num_queued_tokens > options.max_queued_tokens
+        ):
             self.counters["refused"] += 1
-            raise OverloadedError(
-                f"{others} requests of {self._num_queued_tokens} tokens are waiting; at most"
-                f" {options.max_queued_requests} of {options.max_queued_tokens} may",
-                retry_after,
+            return (
+                f"{others} requests of {self._num_queued_tokens - entry.num_tokens} tokens are waiting; at most"
+                f" {options.max_queued_requests} of {options.max_queued_tokens} may"
+            )
+        seconds = self._seconds_to_grant(entry)
+        if seconds is not None and seconds > options.max_queue_seconds:
+            self.counters["refused_as_too_late"] += 1
+            return f"{others} requests wait, some {seconds:.0f} s long; the limit is {options.max_queue_seconds:g} s"
+        seconds = seconds or 0.0
+        remaining = entry.deadline - self._now
+        if seconds > WAIT_SHARE * remaining or self._now + TIME_MARGIN * seconds > entry.starts_by:
+            self.counters["refused_as_too_late"] += 1
+            return (
+                f"{others} requests wait, some {seconds:.1f} s long, and an answer takes time; this one has"
+                f" {remaining:.1f} s"
             )
         return None
 
@@ -554,13 +535,27 @@ class Ledger:
         if row is None:
             ended = self._ended.get(lease_id)
             row = None if ended is None or ended.is_settled else ended.row
+            ended_at = self._now if ended is None else ended.at
             if ended is None or not ended.is_settled:
                 self._remember(lease_id, None, is_settled=True)
         else:
+            ended_at = self._now
             self._end(row, "settled")
-        if row is not None and row.request is not None and num_output_tokens is not None:
-            allowed = row.request.max_output_tokens
-            self._lengths.add(min(allowed, -(-num_output_tokens // row.request.num_choices)), allowed)
+        if row is not None and row.request is not None:
+            self._learn(row.request, ended_at - row.granted_at, num_output_tokens)
+
+    def _learn(self, request: LeaseRequest, seconds: float, num_output_tokens: int | None) -> None:
+        """From an answer that ended ``seconds`` after its grant."""
+        allowed = request.max_output_tokens
+        if num_output_tokens is not None:
+            length = min(allowed, -(-num_output_tokens // request.num_choices))
+            self._lengths.add(length, allowed)
+            if not request.is_continuation:  # else a part of the answer was there before the grant
+                self._service.add(length, seconds)
+        elif (expected := self._service.expected(self._lengths.expected(allowed))) is not None and seconds > expected:
+            # Cut off, and it had taken longer than an answer takes: without these a replica that became slow, and ends
+            # nothing in time, would never be found slow.
+            self._service.add(self._lengths.expected(allowed), seconds)
 
     def close(self, seconds: float, now: float) -> None:
         """The server ends in ``seconds``, and nothing new is let in. What waits and what moves is still served.
@@ -625,13 +620,19 @@ class Ledger:
             number, queued_at, num_skipped = before.number, before.queued_at, before.num_skipped
             self._leave_queue(before)
         remaining = math.inf if request.remaining_ms is None else request.remaining_ms / 1000.0
+        service = (
+            None
+            if request.is_continuation
+            else self._service.expected(self._lengths.expected(request.max_output_tokens))
+        )
         entry = _Waiting(
             request,
             number,
             queued_at,
             self._now + remaining,
+            self._now + remaining - TIME_MARGIN * (service or 0.0),
             request.num_prompt_tokens + request.num_choices * request.max_output_tokens,
-            request.num_prompt_tokens + request.num_choices * self._allowance(request.max_output_tokens),
+            self._num_expected_tokens(request),
             num_skipped,
         )
         insort(self._queue, entry, key=_order)
@@ -650,7 +651,7 @@ class Ledger:
             self._room += 1
 
     def _push_deadline(self, entry: _Waiting) -> None:
-        deadline = min(entry.deadline, entry.queued_at + self.options.max_queue_seconds)
+        deadline = min(entry.starts_by, entry.queued_at + self.options.max_queue_seconds)
         heapq.heappush(self._deadlines, (deadline, entry.number, entry.request.request_id))
 
     def _retry_after(self) -> int:
@@ -662,6 +663,24 @@ class Ledger:
         else:
             seconds = self._num_queued_expected_tokens / max(rate, 1e-9)
         return max(1, math.ceil(min(seconds, MAX_RETRY_AFTER)))
+
+    def _seconds_to_grant(self, entry: _Waiting) -> float | None:
+        """How long a request that has just come will wait, by what is freed now. None: that is not known."""
+        rate = self._drain.tokens_per_second
+        if rate is None:
+            return None
+        if self._queue[-1] is entry:
+            num_tokens = self._num_queued_expected_tokens
+        else:
+            place = bisect_left(self._queue, entry.order, key=_order)
+            num_tokens = sum(ahead.num_expected_tokens for ahead in self._queue[: place + 1])
+        return num_tokens / max(rate, 1e-9)
+
+    def _num_expected_tokens(self, request: LeaseRequest) -> int:
+        """What will be booked for it, in the unit of the drain rate: whole blocks."""
+        block_size = min((replica.report.block_size for replica in self._replicas.values()), default=1)
+        num_output = self._allowance(request.max_output_tokens)
+        return block_size * num_blocks_for(request.num_prompt_tokens, num_output, request.num_choices, block_size)
 
     def _scan(self) -> None:
         """Grants to waiting requests, in order. One that fits nowhere is passed over at most MAX_SKIPS times.
@@ -735,7 +754,7 @@ class Ledger:
             if replica_id in request.not_on:
                 continue
             need = self._booking(request, replica.report)
-            if need is not None and need <= replica.num_free_blocks:
+            if need is not None and need <= replica.num_free_blocks and replica.has_place(request.num_choices):
                 free = (replica.num_free_blocks - need) * replica.report.block_size
                 fitting.append((free, -replica.last_grant, replica_id, need))
         if request.fingerprint is not None:
@@ -774,7 +793,12 @@ class Ledger:
         self._num_leases += 1
         replica.last_grant = self._num_leases
         row = _Row(
-            f"{self.epoch}.{self._num_leases}", request.holder_id, replica_id, granted_at=self._now, request=request
+            f"{self.epoch}.{self._num_leases}",
+            request.holder_id,
+            replica_id,
+            num_seqs=request.num_choices,
+            granted_at=self._now,
+            request=request,
         )
         self._set_blocks(row, num_blocks)
         self._unshown[row.lease_id] = row
@@ -796,11 +820,13 @@ class Ledger:
         if row.num_blocks == 0:
             self._rows[row.lease_id] = replica.leases[row.lease_id] = row
             self._holders.setdefault(row.holder_id, _Holder(self._now)).leases.add(row.lease_id)
+            replica.num_booked_seqs += row.num_seqs
         replica.num_booked_blocks += num_blocks - row.num_blocks
         self._room += num_blocks < row.num_blocks
         row.num_blocks = num_blocks
         if num_blocks == 0:
             del self._rows[row.lease_id], replica.leases[row.lease_id]
+            replica.num_booked_seqs -= row.num_seqs
             holder = self._holders[row.holder_id]
             holder.leases.discard(row.lease_id)
             if holder.is_gone and not holder.leases:
@@ -889,7 +915,7 @@ class Ledger:
             entry = self._waiting.get(request_id)
             if entry is None or entry.number != number:
                 continue
-            due = min(entry.deadline, entry.queued_at + self.options.max_queue_seconds)
+            due = min(entry.starts_by, entry.queued_at + self.options.max_queue_seconds)
             if due > self._now:
                 continue  # asked again with more time; that pushed a deadline of its own
             retry_after = self._retry_after()
@@ -899,6 +925,12 @@ class Ledger:
             if entry.deadline <= self._now:
                 self.counters["deadlines_exceeded"] += 1
                 error = DeadlineExceededError(f"{waited}; its deadline has passed")
+            elif entry.starts_by <= self._now:
+                self.counters["too_late_to_start"] += 1
+                left = entry.deadline - self._now
+                error = OverloadedError(
+                    f"{waited}; an answer takes longer than the {left:.1f} s that are left", retry_after
+                )
             else:
                 self.counters["timed_out"] += 1
                 error = OverloadedError(f"{waited}; the limit is {self.options.max_queue_seconds} s", retry_after)
@@ -942,7 +974,7 @@ class Ledger:
         """The live leases of one replica, as its own table should show them."""
         replica = self._replicas.get(replica_id)
         rows: Sequence[_Row] = () if replica is None else tuple(replica.leases.values())
-        return tuple(BookedLease(row.lease_id, row.holder_id, row.num_blocks) for row in rows)
+        return tuple(BookedLease(row.lease_id, row.holder_id, row.num_blocks, row.num_seqs) for row in rows)
 
     def snapshot(self) -> dict[str, Any]:
         """Plain data, as of the last call that passed ``now``."""
@@ -968,6 +1000,8 @@ class Ledger:
                     "num_booked_blocks": replica.num_booked_blocks,
                     "num_free_blocks": replica.num_free_blocks,
                     "max_model_len": replica.report.max_model_len,
+                    "max_num_seqs": replica.report.max_num_seqs,
+                    "num_booked_seqs": replica.num_booked_seqs,
                     "num_leases": len(replica.leases),
                     "num_running": replica.report.num_running,
                     "num_waiting": replica.report.num_waiting,
@@ -986,6 +1020,10 @@ class Ledger:
             load = sum(row.num_blocks for row in replica.leases.values())
             assert load == replica.num_booked_blocks, (
                 f"load: {replica_id} has {replica.num_booked_blocks} blocks booked, its leases have {load}"
+            )
+            seqs = sum(row.num_seqs for row in replica.leases.values())
+            assert seqs == replica.num_booked_seqs, (
+                f"load: {replica_id} has {replica.num_booked_seqs} sequences booked, its leases have {seqs}"
             )
             assert all(row.replica_id == replica_id for row in replica.leases.values()), "a lease stands in two tables"
             assert len(replica.prefixes) <= replica.report.num_blocks, "more prefixes than blocks"

@@ -34,6 +34,7 @@ MAX_DELAY = 0.25
 class Replica:
     replica_id: str
     table: LeaseTable
+    max_num_seqs: int = 1 << 30
     num_reports: int = 0
     is_dead: bool = False
     is_draining: bool = False
@@ -56,6 +57,7 @@ class Stream:
     holder_id: str
     num_output_tokens: int
     max_output_tokens: int
+    num_choices: int
     phase: str = "granted"
     """granted -> open -> ended; or granted -> given up."""
 
@@ -163,7 +165,9 @@ class World:
             self.check_grant(ask.request, answer)
             limit = ask.request.num_choices * ask.request.max_output_tokens
             num_output = max(1, int(limit * self.rng.betavariate(1, 3)))
-            self.streams[answer.lease_id] = Stream(answer, ask.request.holder_id, num_output, limit)
+            self.streams[answer.lease_id] = Stream(
+                answer, ask.request.holder_id, num_output, limit, ask.request.num_choices
+            )
             self.own.add(answer.lease_id)
         self.send(lambda: self.receive(request_id, answer))
 
@@ -186,6 +190,10 @@ class World:
         self.seen["booked less"] += row.num_blocks < whole
         free = ledger.snapshot()["replicas"][replica_id]["num_free_blocks"]
         assert free >= 0, f"budget: a grant left {free} blocks"
+        others = sum(row.num_seqs for row in ledger.rows(replica_id)) - request.num_choices
+        most = self.replicas[replica_id].max_num_seqs
+        assert others + min(request.num_choices, most) <= most + max(1, most // 8), f"places: {others} of {most} taken"
+        self.seen["standing by"] += others >= most
 
     def restart_router(self) -> None:
         if self.ledger is None:
@@ -209,7 +217,9 @@ class World:
     # ---- replicas
 
     def start_replica(self) -> None:
-        replica = Replica(f"replica-{len(self.replicas)}", LeaseTable(self.rng.choice([20, 31, 40])))
+        replica = Replica(
+            f"replica-{len(self.replicas)}", LeaseTable(self.rng.choice([20, 31, 40])), self.rng.choice([2, 9, 50])
+        )
         self.replicas[replica.replica_id] = replica
         self.at(self.rng.uniform(0, 0.25), lambda: self.replica_beat(replica))
 
@@ -231,6 +241,7 @@ class World:
             replica.table.rows(),
             replica.table.num_ended,
             is_draining=replica.is_draining,
+            max_num_seqs=replica.max_num_seqs,
         )
         self.to_router(lambda ledger: self.take_report(ledger, report))
         self.at(0.25, lambda: self.replica_beat(replica))
@@ -250,6 +261,10 @@ class World:
             assert booked[lease_id] == shown[lease_id], f"blocks: {lease_id} {booked[lease_id]} {shown[lease_id]}"
         for lease_id in shown.keys() - booked.keys():
             assert lease_id in self.settled, f"difference: {lease_id} is shown, not booked and not settled"
+        places = {row.lease_id: row.num_seqs for row in report.leases}
+        assert all(places.get(row.lease_id, row.num_seqs) == row.num_seqs for row in ledger.rows(report.replica_id)), (
+            "places: not those that the replica shows"
+        )
 
     def open_stream(self, replica: Replica, stream: Stream) -> None:
         if replica.is_dead:
@@ -259,7 +274,9 @@ class World:
         if lease.lease_id in replica.table or stream.phase in ("ended", "lost"):
             return  # the message came twice: submit is idempotent
         try:
-            replica.table.open(lease.lease_id, stream.holder_id, lease.num_tokens // BLOCK_SIZE, self.now)
+            replica.table.open(
+                lease.lease_id, stream.holder_id, lease.num_tokens // BLOCK_SIZE, self.now, stream.num_choices
+            )
         except LeaseRefusedError:
             assert self.faults or self.policy == "expect", "refused: the ledger granted what does not fit"
             self.seen["refused by a replica"] += 1

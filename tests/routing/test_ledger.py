@@ -18,16 +18,15 @@ from serve_app.errors import (
     ServerDrainingError,
 )
 from serve_app.replica.lease_table import LeaseTable
-from serve_app.routing import ledger as ledger_module
+from serve_app.routing import estimates, ledger as ledger_module
+from serve_app.routing.estimates import DrainRate, OutputLengths
 from serve_app.routing.ledger import (
     CLOSED_SECONDS,
     BookedLease,
-    DrainRate,
     Lease,
     LeaseRequest,
     Ledger,
     LedgerOptions,
-    OutputLengths,
     ReplicaReport,
     num_blocks_for,
 )
@@ -405,10 +404,131 @@ def test_retry_after_follows_the_drain_rate() -> None:
 def test_the_drain_rate_has_no_bias_at_its_start() -> None:
     rate = DrainRate()
     assert rate.tokens_per_second is None
-    for _ in range(10):
+    for i in range(10):
         rate.elapse(0.1)
         rate.add(50)
+        assert (rate.tokens_per_second is None) == (i + 1 < estimates.MIN_DRAINED)
     assert rate.tokens_per_second == pytest.approx(500, rel=0.06)
+
+
+# ---- places in a step, and time ----------------------------------------------------------------------------------
+
+
+def test_a_replica_is_granted_what_its_steps_hold_and_one_more_for_every_eight() -> None:
+    for most, allowed in ((1, 2), (4, 5), (8, 9), (16, 18), (20, 22)):
+        ledger = made(report(num_blocks=1000, max_num_seqs=most))
+        leases = [ledger.request(ask(f"r{i}"), 0.0) for i in range(allowed + 1)]
+        assert leases[-1] is None
+        assert None not in leases[:-1]
+        ledger.settle("1.1", 1, 0.1)
+        ((name, lease),) = ledger.grants(0.1)
+        assert (name, type(lease)) == (f"r{allowed}", Lease)
+        ledger.check_invariants()
+
+
+def test_each_choice_takes_a_place() -> None:
+    ledger = made(report("a", num_blocks=1000, max_num_seqs=4), report("b", num_blocks=999, max_num_seqs=16))
+    assert granted(ledger, ask("r0", num_choices=3)).replica_id == "a"
+    assert granted(ledger, ask("r1", num_choices=3)).replica_id == "b"  # 6 places of 5
+    assert granted(ledger, ask("r2", num_choices=2)).replica_id == "a"
+    assert ledger.snapshot()["replicas"]["a"]["num_booked_seqs"] == 5
+    ledger = made(report(num_blocks=1000, max_num_seqs=4))
+    assert granted(ledger, ask("wide", num_choices=16))  # more than a step holds: it takes turns with itself
+    assert ledger.request(ask("next"), 0.0) is None
+
+
+def test_adopted_leases_hold_their_places() -> None:
+    ledger = made(report("a", 1, BookedLease("0.1", "x", 3, 4), num_blocks=1000, max_num_seqs=4))
+    assert ledger.rows("a") == (BookedLease("0.1", "x", 3, 4),)
+    granted(ledger, ask("standing by"))
+    assert ledger.request(ask("waits"), 0.0) is None
+
+
+def busy(seconds: float = 2.0, **options: Any) -> tuple[Ledger, float]:
+    """Ten leases of 16 tokens each, whose answers take ``seconds``; one ends every fifth of a second, so 80 tokens a
+    second are freed. Somebody always waits; in the end nobody does. The pool is full."""
+    ledger = made(**({"lease_seconds": 1e6, "submit_seconds": 1e6, "replica_seconds": 1e6} | options))
+    leases = [granted(ledger, ask(f"r{i}")) for i in range(10)]
+    now = 0.0
+    for i in range(500):
+        assert ledger.request(ask(f"s{i}"), now) is None
+        now += seconds / 10
+        ledger.settle(leases.pop(0).lease_id, 13, now)
+        ((_, lease),) = ledger.grants(now)
+        assert isinstance(lease, Lease)
+        leases.append(lease)
+    ledger.check_invariants()
+    assert ledger.snapshot()["drain_tokens_per_second"] == pytest.approx(160 / seconds, rel=0.02)
+    return ledger, now
+
+
+def refusal(ledger: Ledger, request: LeaseRequest, now: float) -> OverloadedError:
+    try:
+        answer = ledger.request(request, now)
+    except OverloadedError as error:
+        return error
+    raise AssertionError(f"not refused: {answer}")
+
+
+def test_a_request_that_would_be_late_is_refused_at_once() -> None:
+    ledger, now = busy()
+    assert ledger.request(ask("enough", remaining_ms=4000.0), now) is None  # 0.2 s to wait, 2 s to answer
+    refused = refusal(ledger, ask("short", remaining_ms=2600.0), now)
+    assert str(refused) == "1 requests wait, some 0.4 s long, and an answer takes time; this one has 2.6 s"
+    assert refused.retry_after == 1
+    for i in range(5):
+        assert ledger.request(ask(f"e{i}", remaining_ms=6000.0), now) is None  # up to 1.2 s to wait
+    refused = refusal(ledger, ask("more", remaining_ms=5000.0), now)  # a quarter of its time is 1.25 s
+    assert "6 requests wait, some 1.4 s long" in str(refused)
+    assert ledger.request(ask("first", remaining_ms=5000.0, priority=-1), now) is None
+    assert ledger.request(ask("patient"), now) is None
+    assert ledger.request(ask("begun", remaining_ms=100.0, is_continuation=True), now) is None
+    assert ledger.counters["refused_as_too_late"] == 2
+    ledger.check_invariants()
+
+
+def test_a_request_that_would_wait_too_long_is_refused_at_once() -> None:
+    ledger, now = busy(max_queue_seconds=3.0)
+    for i in range(15):
+        assert ledger.request(ask(f"e{i}"), now) is None
+    refused = refusal(ledger, ask("more"), now)
+    assert (str(refused), refused.retry_after) == ("15 requests wait, some 3 s long; the limit is 3 s", 4)
+
+
+def test_a_request_that_has_waited_too_long_is_not_started() -> None:
+    ledger, now = busy()
+    assert ledger.request(ask("waits", remaining_ms=4000.0), now) is None
+    latest = now + 4.0 - ledger_module.TIME_MARGIN * 2.0
+    assert not ledger.grants(latest - 0.01)
+    ((name, error),) = ledger.grants(latest + 0.01)
+    assert isinstance(error, OverloadedError)
+    assert (name, str(error)) == (
+        "waits",
+        "waited 1.5 s for a replica with room; an answer takes longer than the 2.5 s that are left",
+    )
+    assert ledger.counters["too_late_to_start"] == 1
+
+
+def test_where_there_is_room_nobody_is_judged() -> None:
+    ledger, now = busy()
+    for row in ledger.rows("a"):
+        ledger.settle(row.lease_id, 13, now)
+    granted(ledger, ask("short", remaining_ms=1.0), now)
+
+
+def test_a_replica_that_ends_nothing_in_time_is_found_slow() -> None:
+    """Its answers took 0.5 s; now all of them are cut off after 4 s, and say nothing of how long they are."""
+    ledger, now = busy(seconds=0.5)
+    assert ledger.request(ask("fits", remaining_ms=2000.0), now) is None
+    ledger.withdraw("fits")
+    for row in ledger.rows("a"):
+        ledger.settle(row.lease_id, None, now + 4.0)
+    leases = [granted(ledger, ask(f"t{i}"), now + 4.0) for i in range(10)]
+    for lease in leases:
+        ledger.settle(lease.lease_id, None, now + 8.0)
+    for i in range(10):
+        granted(ledger, ask(f"u{i}"), now + 8.0)
+    assert "an answer takes time" in str(refusal(ledger, ask("late", remaining_ms=1500.0), now + 8.0))
 
 
 def test_a_large_request_is_passed_over_so_often_and_no_more() -> None:
@@ -485,12 +605,12 @@ def test_wrong_options_are_named(name: str, value: Any) -> None:
 
 def test_expected_lengths_are_a_high_quantile_of_what_finished() -> None:
     lengths = OutputLengths()
-    for i in range(ledger_module.MIN_LENGTHS - 1):
+    for i in range(estimates.MIN_LENGTHS - 1):
         lengths.add(i, 1000)
     assert lengths.expected(700) == 700
     for i in range(1000):
         lengths.add(i % 100, 200 if i % 2 else 1000)
-    assert len(lengths) == ledger_module.NUM_LENGTHS == len(lengths._lengths) == len(lengths._shares)
+    assert len(lengths) == estimates.NUM_LENGTHS == len(lengths._lengths) == len(lengths._shares)
     assert lengths.expected(1000) == pytest.approx(90, abs=2)
     assert lengths.expected(50) < 50
     assert lengths.expected(1) == 1
@@ -504,7 +624,7 @@ def test_expect_books_what_it_learned_and_takes_the_replicas_number() -> None:
     ledger = made(report(num_blocks=10), policy="expect", submit_seconds=1e6, lease_seconds=1e6, replica_seconds=1e6)
     for i in range(40):
         lease = granted(ledger, ask(f"r{i}", 8))
-        assert lease.num_tokens == (128 if i < ledger_module.MIN_LENGTHS else 16)
+        assert lease.num_tokens == (128 if i < estimates.MIN_LENGTHS else 16)
         ledger.settle(lease.lease_id, 10, 0.0)
     leases = [granted(ledger, ask(f"q{i}", 8)) for i in range(9)]
     assert free(ledger) == 1
@@ -550,10 +670,11 @@ def test_a_restarted_router_adopts_before_it_grants(ends_by: str) -> None:
 # ---- random worlds -----------------------------------------------------------------------------------------------
 
 QUIET = {"granted", "opened", "settled", "given up", "given back", "OverloadedError", "RequestTooLargeError"}
-QUIET |= {"in both tables", "in flight, granted", "in flight, ended", "in flight, given up"}
+QUIET |= {"standing by", "in both tables", "in flight, granted", "in flight, ended", "in flight, given up"}
 BAD = {"granted", "lost", "doubled", "restarts", "drained", "holders killed", "replicas killed", "failed over"}
 BAD |= {"expired at the replica", "dropped reports"}
-ENDS = {"settled", "ended_by_replica", "withdrawn", "refused", "timed_out", "repeated", "deadlines_exceeded"}
+ENDS = {"settled", "ended_by_replica", "withdrawn", "refused", "timed_out", "repeated"}
+ENDS |= {"refused_as_too_late", "too_late_to_start"}
 REPAIRS = {"adopted", "never_shown", "lost_with_replica", "holders_lost", "silent_replicas", "ended_by_replica"}
 
 
@@ -618,6 +739,37 @@ def keep_an_ended_lease_with_its_holder(patch: Patch) -> None:
 def grant_past_the_pool(patch: Patch) -> None:
     patch.setattr(
         ledger_module._Replica, "num_free_blocks", property(lambda r: r.report.num_blocks - r.num_booked_blocks + 2)
+    )
+
+
+def grant_past_the_places(patch: Patch) -> None:
+    patch.setattr(ledger_module._Replica, "has_place", lambda replica, num_choices: True)
+
+
+def count_a_place_too_few(patch: Patch) -> None:
+    set_blocks = Ledger._set_blocks
+
+    def fewer(ledger: Ledger, row: Any, num_blocks: int) -> None:
+        set_blocks(ledger, row, num_blocks)
+        ledger._replicas[row.replica_id].num_booked_seqs -= num_blocks == 3
+
+    patch.setattr(Ledger, "_set_blocks", fewer)
+
+
+def judge_no_waits(patch: Patch) -> None:
+    patch.setattr(Ledger, "_why_not_wait", lambda ledger, entry: None)
+
+
+def start_what_will_be_late(patch: Patch) -> None:
+    patch.setattr(ledger_module, "TIME_MARGIN", 0.0)
+
+
+def learn_nothing_from_what_is_cut_off(patch: Patch) -> None:
+    learn = Ledger._learn
+    patch.setattr(
+        Ledger,
+        "_learn",
+        lambda ledger, request, seconds, num: None if num is None else learn(ledger, request, seconds, num),
     )
 
 
@@ -775,6 +927,15 @@ FAULTS: list[Fault] = [
     (count_a_booking_twice, quiet, "load: "),
     (keep_an_ended_lease_with_its_holder, quiet, "the leases of all holders"),
     (grant_past_the_pool, quiet, "budget: "),
+    (grant_past_the_places, quiet, "places: "),
+    (count_a_place_too_few, quiet, "load: "),
+    (judge_no_waits, scenario(test_a_request_that_would_be_late_is_refused_at_once), "not refused: "),
+    (start_what_will_be_late, scenario(test_a_request_that_has_waited_too_long_is_not_started), "assert "),
+    (
+        learn_nothing_from_what_is_cut_off,
+        scenario(test_a_replica_that_ends_nothing_in_time_is_found_slow),
+        "not refused: ",
+    ),
     (book_one_block_too_few, quiet, "booking: "),
     (take_reports_in_any_order, scenario(test_an_older_report_is_dropped), "assert "),
     (forget_what_was_settled, quiet, "difference: "),

@@ -1,0 +1,49 @@
+"""What the ledger learns, against what it was fed."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from serve_app.routing.estimates import MIN_SERVED, ServiceTime
+
+
+def test_service_time_is_a_line_over_the_length() -> None:
+    rng = random.Random(0)
+    service = ServiceTime()
+    for i in range(200):
+        assert (service.expected(10) is None) == (i < MIN_SERVED)
+        length = rng.randint(1, 400)
+        service.add(length, 0.3 + 0.02 * length + rng.uniform(-0.1, 0.1))
+    for length in (1, 100, 400, 1000):
+        assert service.expected(length) == pytest.approx(0.3 + 0.02 * length, abs=0.2)
+
+
+def test_answers_of_one_length_teach_no_slope() -> None:
+    service = ServiceTime()
+    for _ in range(100):
+        service.add(32, 1.6)
+    assert service.expected(32) == pytest.approx(1.6)
+    assert service.expected(3200) == pytest.approx(1.6)
+
+
+def test_longer_answers_are_never_expected_to_take_less_and_none_takes_less_than_nothing() -> None:
+    service = ServiceTime()
+    for _ in range(20):
+        service.add(10, 5.0)
+        service.add(100, 1.0)
+    assert service.expected(1000) == service.expected(1) == pytest.approx(3.0, abs=0.1)
+    for _ in range(300):
+        service.add(900, 9.0)
+        service.add(1000, 30.0)
+    assert service.expected(1) == 0.0
+
+
+def test_service_time_follows_the_machine() -> None:
+    service = ServiceTime()
+    for _ in range(300):
+        service.add(50, 1.0)
+    for _ in range(200):
+        service.add(50, 3.0)
+    assert service.expected(50) == pytest.approx(3.0, rel=0.05)
