@@ -24,7 +24,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup serve test lint format types bench clean
+.PHONY: help setup serve test lint format types bench drill soak clean
 
 help: ## list the targets and variables
 	@$(PYTHON) -c 'import re; \
@@ -81,6 +81,12 @@ bench: ## list the benches; each runs by itself
 	first = lambda p: ((ast.get_docstring(ast.parse(open(p).read())) or "").splitlines() or [""])[0]; \
 	[print("  $(BIN)/python %-36s %s" % (p, first(p))) for p in sorted(glob.glob("loadtests/bench_*.py"))] \
 	or print("  loadtests/ holds no bench yet")'
+
+drill: $(STAMP) ## kill replicas and the router under streams, and compare every byte (some minutes)
+	$(BIN)/python -m loadtests.drill
+
+soak: $(STAMP) ## twenty minutes of traffic, bad input and kills; then nothing may be left over
+	$(BIN)/python -m loadtests.soak
 
 clean: ## remove caches and build outputs (.venv stays: rm -r .venv makes the next setup start over)
 	@$(PYTHON) -c 'import pathlib, shutil; \
