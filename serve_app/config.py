@@ -13,6 +13,8 @@ for 1.
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -183,6 +185,13 @@ class ModelArgs(Options):
     def source(self) -> str:
         """The directory or hub id to load from: demo and ~ are resolved."""
         return str(DEMO_MODEL) if self.model == DEMO else os.path.expanduser(self.model)
+
+    @property
+    def key(self) -> str:
+        """Equal where an answer that was begun with one of two models can be ended with the other: the same weights and
+        tokenizer by name, whatever the device, the element type, and the names that clients use."""
+        same = self.model_dump(include={"model", "revision", "tokenizer", "load_format", "runner"})
+        return hashlib.blake2b(json.dumps(same, sort_keys=True).encode(), digest_size=6).hexdigest()
 
     @property
     def names(self) -> tuple[str, ...]:

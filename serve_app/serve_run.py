@@ -299,7 +299,7 @@ class Watcher:
 
 
 class Drain:
-    """Of the server. ``seconds``: application -> how long its answers may take to end."""
+    """Of the server. ``seconds``: name of a router -> how long the answers that it has granted may take to end."""
 
     def __init__(self, say: Any, seconds: Mapping[str, float]) -> None:
         self.has_begun = False
@@ -328,15 +328,15 @@ class Drain:
             self._say("progress", f"draining: {sum(left)} requests run or wait")
             time.sleep(DRAIN_LOOK_SECONDS)
 
-    def _look(self, application: str, seconds: float) -> int:
+    def _look(self, name: str, seconds: float) -> int:
         """Requests that run or wait. The router takes nothing new from now on."""
         import ray
         from ray.exceptions import RayError
 
-        from serve_app.routing.ray_router import NAMESPACE, actor_name
+        from serve_app.routing.ray_router import NAMESPACE
 
         try:
-            router = ray.get_actor(actor_name(application), namespace=NAMESPACE)
+            router = ray.get_actor(name, namespace=NAMESPACE)
         except ValueError:
             return 0  # nobody has ever asked for anything
         try:
@@ -344,7 +344,7 @@ class Drain:
             if snapshot["seconds_left"] is None:  # the first look, or it was restarted
                 ray.get(router.close.remote(max(0.0, seconds)), timeout=ROUTER_SECONDS)
         except RayError as error:
-            self._say("progress", f"draining: the router of {application} does not answer ({type(error).__name__})")
+            self._say("progress", f"draining: {name} does not answer ({type(error).__name__})")
             return 1
         return int(snapshot["num_leases"] + snapshot["num_queued_requests"])
 
@@ -352,11 +352,11 @@ class Drain:
         """The routers outlive Ray Serve for a while. One that takes nothing new must not meet the next server."""
         import ray
 
-        from serve_app.routing.ray_router import NAMESPACE, actor_name
+        from serve_app.routing.ray_router import NAMESPACE
 
-        for application in self._seconds if self.has_begun else ():
+        for name in self._seconds if self.has_begun else ():
             with contextlib.suppress(ValueError):
-                ray.kill(ray.get_actor(actor_name(application), namespace=NAMESPACE))
+                ray.kill(ray.get_actor(name, namespace=NAMESPACE))
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -412,6 +412,7 @@ def _serve(file: str, config: Mapping[str, Any], url: str, say: Any, *, is_ours:
     from ray import serve
 
     from serve_app.config import IMPORT_PATH, ServeArgs
+    from serve_app.routing.ray_router import actor_name
 
     applications = config["applications"]
     code = 0
@@ -432,7 +433,7 @@ def _serve(file: str, config: Mapping[str, Any], url: str, say: Any, *, is_ours:
         watcher.start()
         ours = [one for one in applications if one["import_path"] in (IMPORT_PATH, IMPORT_PATH.replace(":", "."))]
         args = {one["name"]: ServeArgs.parse(one.get("args") or {}) for one in ours}
-        drain = Drain(say, {name: one.drain.ingress_seconds for name, one in args.items()})
+        drain = Drain(say, {actor_name(n, one.model.key): one.drain.ingress_seconds for n, one in args.items()})
         say(
             "plan",
             url=url,

@@ -321,3 +321,18 @@ def test_the_options_load_neither_ray_nor_torch() -> None:
     code = "import serve_app.config, sys; print(*{'ray', 'torch', 'yaml', 'fastapi'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_the_key_of_a_model_says_what_an_answer_may_go_on_with() -> None:
+    def key(**model: object) -> str:
+        return ServeArgs.parse({"model": model}).model.key
+
+    assert key() == key(model="demo") == key(dtype="bfloat16", device="cpu", served_model_name="x")
+    others = {
+        key(),
+        key(model="a"),
+        key(model="a", revision="r"),
+        key(model="a", tokenizer="t"),
+        key(runner="simulated"),
+    }
+    assert len(others | {key(load_format="dummy")}) == 6

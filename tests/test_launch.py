@@ -21,10 +21,11 @@ import psutil
 import pytest
 import yaml  # type: ignore[import-untyped]
 
-from serve_app import launch
+from serve_app import launch, serve_run
 from serve_app.launch import Screen, descendants
 from serve_app.serve_run import (
     CannotStartError,
+    Drain,
     check_port,
     check_ray,
     environment,
@@ -124,6 +125,70 @@ def test_haproxy_is_tried(tmp_path: Path) -> None:
     assert "does not run" in (why_no_haproxy({"RAY_SERVE_HAPROXY_BINARY_PATH": str(tmp_path / "none")}) or "")
 
 
+# ---- the drain -------------------------------------------------------------------------------------------------------
+
+
+class WatchedDrain(Drain):
+    """One router, of which the test says how many requests run."""
+
+    def __init__(self, seconds: float) -> None:
+        self.said: list[str] = []
+        self.looks: list[float] = []
+        self.num_left = 1
+        super().__init__(lambda _, text: self.said.append(text), {"router": seconds})
+
+    def _look(self, name: str, seconds: float) -> int:
+        self.looks.append(seconds)
+        return self.num_left
+
+
+def test_a_drain_ends_with_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_run, "DRAIN_LOOK_SECONDS", 0.001)
+    drain = WatchedDrain(600.0)
+
+    def end_it() -> None:
+        while len(drain.looks) < 3:
+            time.sleep(0.001)
+        drain.num_left = 0
+
+    threading.Thread(target=end_it).start()
+    with pytest.raises(KeyboardInterrupt):
+        drain.on_signal(signal.SIGINT, None)
+    assert drain.said[:2] == ["draining: 1 requests run or wait"] * 2
+    assert drain.looks == sorted(drain.looks, reverse=True), "the time that is left"
+
+
+def test_a_drain_ends_at_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_run, "DRAIN_LOOK_SECONDS", 0.001)
+    monkeypatch.setattr(serve_run, "TELL_SECONDS", 0.0)
+    drain = WatchedDrain(0.02)
+    with pytest.raises(KeyboardInterrupt):
+        drain.on_signal(signal.SIGINT, None)
+    assert drain.num_left == 1
+    assert drain.looks[-1] < 0
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    drain = WatchedDrain(600.0)
+    before = signal.signal(signal.SIGUSR1, drain.on_signal)
+
+    def signal_again() -> None:
+        while not drain.looks:
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    thread = threading.Thread(target=signal_again)
+    try:
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            drain.on_signal(signal.SIGUSR1, None)
+        thread.join()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        assert drain.num_left == 1, "it was interrupted"
+        drain.num_left = 0
+
+
 # ---- words -----------------------------------------------------------------------------------------------------------
 
 
@@ -192,7 +257,7 @@ def test_the_progress_line() -> None:
 
 FAMILY = """
 import os, signal, subprocess, sys, time
-from serve_app import launch
+from serve_app import launch, serve_run
 launch.adopt_orphans()
 stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
 middle = f'''import subprocess, sys

@@ -39,7 +39,9 @@ class Ingress:
         context = serve.get_replica_context()
         self.ingress_id = context.replica_id.unique_id
         self.max_body_bytes = IngressUserConfig().limits.max_body_bytes
-        self.router = RouterClient(RayRouter(context.app_name), self.ingress_id, replica_set.current)
+        self.router = RouterClient(
+            RayRouter(context.app_name, self.args.model.key), self.ingress_id, replica_set.current
+        )
         self.channels = Channels(RayTransport(replicas), self.ingress_id)
         model = await asyncio.to_thread(load_served_model, self.args)
         self.service = Service(model, self.router, self.channels, lambda: self.router.state)

@@ -52,7 +52,7 @@ class Replica:
         self.table = LeaseTable(engine.runner.num_kv_blocks)
         self.hub = ChannelHub(self.engine, self.table, loop)
         fingerprint: str = getattr(engine.runner, "fingerprint", "simulated")
-        router = RayRouter(context.app_name)
+        router = RayRouter(context.app_name, parsed.model.key)
         departure.is_leaving()  # raises here, and not in the middle of a drain
         self._reporter = Reporter(
             router,

@@ -1,7 +1,8 @@
 """The router as a Ray actor, and its RouterSeam: the one file of routing/ that calls Ray's actors. Decides nothing.
 
-The actor is named, detached, restarted by Ray for ever, with the application's name and PROTOCOL in its name; whoever comes
-first makes it. Each life has a higher epoch. It ends itself when nobody has called it for IDLE_SECONDS.
+The actor is named, detached, restarted by Ray for ever; whoever comes first makes it. Each life has a higher epoch. It ends
+itself when nobody has called it for IDLE_SECONDS. In its name are the application's, the model's key and PROTOCOL: while an
+update replaces one model by another there are two routers, and no stream goes on with a model that has not begun it.
 """
 
 from __future__ import annotations
@@ -49,13 +50,13 @@ class RouterActor(Router):
         ray.kill(ray.get_runtime_context().current_actor)
 
 
-def actor_name(app_name: str) -> str:
-    return f"router:{app_name}:v{PROTOCOL}"
+def actor_name(app_name: str, model_key: str) -> str:
+    """``model_key``: ModelArgs.key."""
+    return f"router:{app_name}:{model_key}:v{PROTOCOL}"
 
 
-def connect(app_name: str) -> Any:
-    """The handle of the application's router, which is made if there is none. May block for a while."""
-    name = actor_name(app_name)
+def connect(name: str) -> Any:
+    """The handle of the router of that name, which is made if there is none. May block for a while."""
     return (
         ray.remote(RouterActor)
         .options(
@@ -74,8 +75,8 @@ def connect(app_name: str) -> Any:
 class RayRouter:
     """RouterSeam over the actor: looked up by `connect` on a thread of its own, since a lookup may block."""
 
-    def __init__(self, app_name: str) -> None:
-        self._app_name = app_name
+    def __init__(self, app_name: str, model_key: str) -> None:
+        self._name = actor_name(app_name, model_key)
         self._handle: Any = None
         self._lookup: asyncio.Task[Any] | None = None
 
@@ -102,6 +103,6 @@ class RayRouter:
         """One lookup at a time, which goes on when its caller gives up."""
         if self._lookup is None or self._lookup.done():
             self._lookup = asyncio.get_running_loop().create_task(
-                asyncio.to_thread(connect, self._app_name), context=contextvars.Context()
+                asyncio.to_thread(connect, self._name), context=contextvars.Context()
             )
         return await asyncio.shield(self._lookup)

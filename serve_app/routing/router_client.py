@@ -199,7 +199,9 @@ class RouterClient:
                 return self._make_lease(request)
 
     def _make_lease(self, request: LeaseRequest) -> Lease:
-        candidates = [r for r in self._replica_ids() if r not in request.not_on]
+        # Of those that can be reached now the ones that the router knew: others may run another model, or leave.
+        known = () if self.state is None else self.state.replica_ids
+        candidates = [r for r in self._replica_ids() if r in known and r not in request.not_on]
         if not candidates or self.state is None or not self.state.block_size:
             raise EngineUnavailableError(
                 f"the router does not answer for {self._away_seconds:g} s, and no replica is known"

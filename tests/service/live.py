@@ -28,6 +28,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 import serve_app
+from serve_app.config import ServeArgs
 from serve_app.engine.simulated_runner import _ROOT, _mix
 from serve_app.routing.ledger import BookedLease
 from serve_app.routing.ray_router import NAMESPACE, actor_name
@@ -224,19 +225,31 @@ class Service:
 
     def pids(self, deployment: str) -> dict[str, int]:
         """Id -> process, of the replicas of a deployment that run."""
-        found = self._details()["deployments"][deployment]["replicas"]
+        found = self._replicas_of(deployment)
         return {replica["replica_id"]: replica["pid"] for replica in found if replica["state"] == "RUNNING"}
 
     def states(self, deployment: str) -> dict[str, str]:
         """Id -> STARTING, RUNNING, STOPPING, ..."""
-        found = self._details()["deployments"][deployment]["replicas"]
+        found = self._replicas_of(deployment)
         return {replica["replica_id"]: replica["state"] for replica in found}
+
+    def _replicas_of(self, deployment: str) -> list[Json]:
+        """None at the beginning of a deployment of the application."""
+        found: list[Json] = self._details()["deployments"].get(deployment, {"replicas": []})["replicas"]
+        return found
 
     def _details(self) -> Json:
         from ray.serve.context import _get_global_client
 
         details: Json = _get_global_client().get_serve_details()["applications"][APP]
         return details
+
+    def controller_pid(self) -> int:
+        """Of Ray Serve's controller. Waits while it is being started anew."""
+        from ray.serve.context import _get_global_client
+
+        pid: int = self._ray.get(_get_global_client()._controller.get_pid.remote(), timeout=PATIENCE)
+        return pid
 
     def is_whole(self, num_replicas: int = 2) -> bool:
         """All of its parts run, and the router has heard of the replicas."""
@@ -273,8 +286,9 @@ class Service:
         from ray.exceptions import ActorUnavailableError
 
         deadline = time.monotonic() + PATIENCE
+        name = actor_name(APP, ServeArgs.parse(self.config["applications"][0]["args"]).model.key)
         while True:
-            actor = self._ray.get_actor(actor_name(APP), namespace=NAMESPACE)
+            actor = self._ray.get_actor(name, namespace=NAMESPACE)
             try:
                 return self._ray.get(getattr(actor, method).remote(), timeout=PATIENCE)
             except ActorUnavailableError:
