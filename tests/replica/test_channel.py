@@ -24,6 +24,7 @@ from serve_app.errors import (
     InvalidParameterError,
     InvalidPromptError,
     LeaseRefusedError,
+    ReplicaDrainedError,
     ReplicaLostError,
     ReplicaUnreachableError,
     SlowReaderError,
@@ -670,6 +671,33 @@ def test_a_draining_replica_ends_each_stream_with_its_last_choice() -> None:
             await asyncio.sleep(0.1)
             assert transport.num_streams("replica0") == 0
             assert hub.is_drained
+
+    run_virtual(test)
+
+
+def test_what_is_left_at_the_end_of_a_drain_goes_elsewhere() -> None:
+    async def test() -> None:
+        async with Service() as service:
+            hub = service.hubs[0]
+            ingresses = [service.ingress(f"ingress{i}") for i in range(2)]
+            whole = simple_request("whole", max_tokens=4)
+            done = await ingresses[0].submit("replica0", whole, 5)
+            left = [
+                await i.submit("replica0", simple_request(i.ingress_id, max_tokens=FOREVER, n=2), 50) for i in ingresses
+            ]
+            check_tokens(whole, await collect(done))
+            hub.start_draining()
+            assert hub.end_drain() == 2
+            for some in await asyncio.gather(*map(collect, left)):
+                ends = [output for output in some if output.finish_reason is not None]
+                assert [(end.finish_reason, end.error_code) for end in ends] == [("error", "replica_drained")] * 2
+                assert sum(len(output.token_ids) for output in some) >= 2
+            with pytest.raises(ReplicaDrainedError, match="takes nothing any more"):
+                await ingresses[0].submit("replica0", simple_request("late"), 5)
+            await asyncio.sleep(0.1)
+            assert hub.is_drained
+            assert service.transport.num_streams("replica0") == 0
+            assert hub.end_drain() == 0
 
     run_virtual(test)
 
