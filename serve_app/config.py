@@ -235,6 +235,10 @@ class EngineArgs(Options):
     num_threads: PositiveInt | None = None
     """CPU threads of one step. By default the cores this process may use."""
 
+    stuck_seconds: PositiveSeconds | None = None
+    """A step that has not returned for so long never will: the replica's process ends, and its streams go on elsewhere. By
+    default 20 on a GPU, 120 on a CPU."""
+
     cuda_graphs: bool = True
     """Capture decode steps as CUDA graphs. Ignored on a CPU."""
 
@@ -412,6 +416,20 @@ class LimitOptions(Options):
     max_bias: NotNegativeInt = 1024
     """Entries of logit_bias."""
 
+    max_behind: PositiveInt = 8192
+    """Tokens of one request that wait for its client to read. Beyond it the stream ends with an error event."""
+
+
+class FailoverOptions(Options):
+    """How far a stream is carried when it loses replicas. At a limit its client gets an error event, or a 503 before the
+    first token."""
+
+    max_seconds: PositiveSeconds = 60.0
+    """From the loss of a replica to the next token."""
+
+    max_losses: PositiveInt = 32
+    """Replicas that one request may lose."""
+
 
 class IngressUserConfig(Options):
     """``user_config`` of the Ingress: what may change while the server runs."""
@@ -421,6 +439,9 @@ class IngressUserConfig(Options):
 
     limits: LimitOptions = LimitOptions()
     """What one request may ask for."""
+
+    failover: FailoverOptions = FailoverOptions()
+    """How far a stream is carried when it loses replicas."""
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Level of the Ingress's log."""

@@ -41,17 +41,20 @@ REPLICA = {
 }
 """Key of a replica in Ledger.snapshot -> metric, with the label replica."""
 
+STREAMS = Metric("stream_events_total", "counter", "What lost replicas did to streams, by kind, in one ingress")
 EVENTS = Metric("ledger_events_total", "counter", "What happened in the ledger, by kind, in this life of the router")
 
 
-def render(snapshot: Mapping[str, Any]) -> str:
-    """Prometheus' text format, version 0.0.4, of a Ledger.snapshot."""
+def render(snapshot: Mapping[str, Any], ingress_id: str, streams: Mapping[str, int]) -> str:
+    """Prometheus' text format, version 0.0.4, of a Ledger.snapshot and of the Failover.counters of the ingress asked."""
     lines: list[str] = []
     for key, metric in LEDGER.items():
         lines += _lines(metric, [("", snapshot[key])])
     for key, metric in REPLICA.items():
         lines += _lines(metric, [(_label("replica", r), values[key]) for r, values in snapshot["replicas"].items()])
     lines += _lines(EVENTS, [(_label("kind", kind), number) for kind, number in sorted(snapshot["counters"].items())])
+    ingress = _label("ingress", ingress_id)[1:-1]
+    lines += _lines(STREAMS, [(f"{{{ingress},{_label('kind', k)[1:]}", n) for k, n in sorted(streams.items())])
     return "\n".join(lines) + "\n"
 
 

@@ -16,10 +16,12 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from serve_app import config
+from serve_app.api.failover import FailoverLimits
 from serve_app.api.protocol import RequestLimits
 from serve_app.config import (
     ApiArgs,
     EngineArgs,
+    FailoverOptions,
     IngressUserConfig,
     LimitOptions,
     ModelArgs,
@@ -31,6 +33,7 @@ from serve_app.config import (
 from serve_app.engine.config import EngineConfig
 from serve_app.engine.simulated_runner import SimulatedRunner
 from serve_app.errors import ConfigurationError
+from serve_app.replica.channel import MAX_BEHIND
 from serve_app.routing.ledger import LedgerOptions
 
 
@@ -62,6 +65,7 @@ def test_every_group_is_found() -> None:
         "ModelArgs",
         "SimulatedArgs",
         "EngineArgs",
+        "FailoverOptions",
         "ApiArgs",
         "DrainArgs",
         "IngressUserConfig",
@@ -100,6 +104,7 @@ ENGINE_VALUES: dict[str, tuple[Any, Any]] = {
     "max_num_batched_tokens": (777, 127),
     "enable_prefix_caching": (False, "no"),
     "num_threads": (3, 0),
+    "stuck_seconds": (1.5, 0),
     "cuda_graphs": (False, 2),
     "deterministic": (True, "auto"),
     "seed": (2**64 - 1, 2**64),
@@ -140,7 +145,16 @@ def test_router_options_are_the_ledger_options() -> None:
 def test_limits_are_the_request_limits_and_that_of_the_body() -> None:
     fields = {field.name: field.default for field in dataclasses.fields(RequestLimits)}
     limits = {name: field.default for name, field in LimitOptions.model_fields.items()}
-    assert limits == {"max_body_bytes": 8 * 2**20, **fields}
+    assert limits == {"max_body_bytes": 8 * 2**20, **fields, "max_behind": MAX_BEHIND}
+
+
+def test_failover_options_are_the_failover_limits() -> None:
+    fields = {field.name: field.default for field in dataclasses.fields(FailoverLimits)}
+    assert {name: field.default for name, field in FailoverOptions.model_fields.items()} == fields
+    assert dataclasses.asdict(FailoverLimits(**FailoverOptions.parse({"max_losses": 3}).model_dump())) == {
+        **fields,
+        "max_losses": 3,
+    }
 
 
 def test_the_defaults_stand_together() -> None:

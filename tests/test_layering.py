@@ -139,6 +139,7 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("replica/reporter.py", REPLICA),
     ("replica/replica.py", REPLICA),
     ("api/draining.py", SERVICE),
+    ("api/failover.py", SERVICE),
     ("api/stream.py", SERVICE),
     ("api/service.py", SERVICE),
     ("api/http_app.py", SERVICE),

@@ -27,7 +27,7 @@ TRIAL_TOKENS = 4
 
 
 @dataclass(frozen=True)
-class FailoverOptions:
+class FailoverLimits:
     """How far a stream is carried."""
 
     max_seconds: float = 60.0
@@ -40,10 +40,11 @@ class FailoverOptions:
 class Failover:
     """What the streams of one ingress share. For one event loop."""
 
-    def __init__(self, options: FailoverOptions | None = None) -> None:
-        self.options = options or FailoverOptions()
+    def __init__(self, limits: FailoverLimits | None = None) -> None:
+        self.limits = limits or FailoverLimits()
         self.counters: Counter[str] = Counter()
-        """What happened to streams, by kind: see metrics.FAILOVER."""
+        """What happened to streams: lost and resumed (each time), trials, replica_killers, given_up,
+        resumed_with_other_numerics and resumed_in_fast_mode (a valid continuation, perhaps not the same bytes)."""
         self.trial = asyncio.Lock()
 
 
@@ -71,7 +72,7 @@ class Journey:
         """For the next token. None: nothing was lost."""
         if self._since is None:
             return None
-        return self._since + self._failover.options.max_seconds - asyncio.get_running_loop().time()
+        return self._since + self._failover.limits.max_seconds - asyncio.get_running_loop().time()
 
     async def begin_attempt(self) -> None:
         """Before a lease is asked for. A suspect waits for its turn here. Raises EngineUnavailableError at the bound."""
@@ -119,10 +120,10 @@ class Journey:
         if self._num_deaths_on_trial >= MAX_DEATHS_ON_TRIAL:
             counters["replica_killers"] += 1
             raise ReplicaKillerError(
-                f"{self._num_deaths} replicas in a row died at the same place of this request, {self._num_deaths_on_trial} of"
-                " them with no other request in suspicion; it is not tried again"
+                f"{self._num_deaths} replicas in a row died at the same place of this request,"
+                f" {self._num_deaths_on_trial} of them with no other request in suspicion; it is not tried again"
             ) from error
-        if self.num_losses >= self._failover.options.max_losses:
+        if self.num_losses >= self._failover.limits.max_losses:
             raise self.give_up(f"it has lost {self.num_losses} replicas, and the limit is that") from error
 
     def hindered(self) -> None:
@@ -139,7 +140,7 @@ class Journey:
 
     def give_up(self, reason: str) -> EngineUnavailableError:
         self._failover.counters["given_up"] += 1
-        seconds = self._failover.options.max_seconds
+        seconds = self._failover.limits.max_seconds
         return EngineUnavailableError(
             f"this request has lost {self.num_losses} replicas and cannot go on within {seconds:g} s: {reason}"
         )

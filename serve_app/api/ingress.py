@@ -17,6 +17,7 @@ from ray import serve
 
 from serve_app import logs
 from serve_app.api.draining import Draining
+from serve_app.api.failover import FailoverLimits
 from serve_app.api.http_app import build_app
 from serve_app.api.protocol import RequestLimits
 from serve_app.api.service import Service, load_served_model
@@ -75,11 +76,13 @@ class Ingress:
         self.max_body_bytes = config.limits.max_body_bytes
         limits = config.limits
         self.service.limits = RequestLimits(limits.max_prompts, limits.max_n, limits.max_stop, limits.max_bias)
+        self.channels.max_behind = limits.max_behind
+        self.service.failover.limits = FailoverLimits(**config.failover.model_dump())
         logging.getLogger(logs.ROOT).setLevel(config.log_level)
         self.router.set_options(config.router.to_ledger_options(), int(time.time() * 1000))
 
     async def metrics(self) -> str:
-        return render(await self.router.look("snapshot"))
+        return render(await self.router.look("snapshot"), self.ingress_id, self.service.failover.counters)
 
     async def describe(self) -> dict[str, Any]:
         """What it has in hand, for tests and inspection."""

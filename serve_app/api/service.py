@@ -103,7 +103,7 @@ class Service:
         self._channels = channels
         self._replicas = replicas
         self.failover = Failover()
-        """Its options may change while it runs."""
+        """Its limits may change while it runs."""
         self._seeds = seeds or random.SystemRandom()
         self._last_state: RouterState | None = None
 
@@ -320,27 +320,33 @@ class Generation:
 async def _merge(
     sources: Sequence[Any],
 ) -> AsyncGenerator[tuple[int, list[TokenOutput]], None]:
-    """(index, batch) of all sources as they come; the first error ends it. Sources are closed, whatever happens."""
-    arrived: asyncio.Queue[tuple[int, list[TokenOutput] | None]] = asyncio.Queue()
+    """(index, batch) of all sources as they come; the first error ends it. Sources are closed, whatever happens.
+
+    Holds two batches of each source: what a slow reader leaves waits in the channel, which counts it.
+    """
+    arrived: asyncio.Queue[tuple[int, list[TokenOutput] | Exception | None]] = asyncio.Queue(2 * len(sources))
 
     async def read(index: int, source: Any) -> None:
+        end = None
         try:
             async with contextlib.aclosing(source):
                 async for batch in source:
-                    arrived.put_nowait((index, batch))
-        finally:
-            arrived.put_nowait((index, None))
+                    await arrived.put((index, batch))
+        except Exception as error:
+            end = error
+        await arrived.put((index, end))
 
     tasks = [asyncio.create_task(read(i, source)) for i, source in enumerate(sources)]
     try:
         num_left = len(tasks)
         while num_left:
             index, batch = await arrived.get()
-            if batch is not None:
-                yield index, batch
-            else:
+            if isinstance(batch, Exception):
+                raise batch
+            if batch is None:
                 num_left -= 1
-                await tasks[index]  # raises what it died of
+            else:
+                yield index, batch
     finally:
         for task in tasks:
             task.cancel()

@@ -20,6 +20,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
 from serve_app.api.failover import Failover, Journey
+from serve_app.engine.config import FAST_MODE
 from serve_app.engine.request import GenerateRequest, TokenOutput
 from serve_app.errors import (
     ChannelLostError,
@@ -186,6 +187,9 @@ class GenerationStream:
 
     def _check_numerics(self, lease: Lease) -> None:
         """Of tokens after a loss: what is promised of them."""
+        if lease.fingerprint.startswith(FAST_MODE):
+            self._failover.counters["resumed_in_fast_mode"] += 1
+            logger.info("%s: goes on in fast mode: a valid continuation, perhaps not the same bytes", self.request_id)
         if self._fingerprint and lease.fingerprint and lease.fingerprint != self._fingerprint:
             self._failover.counters["resumed_with_other_numerics"] += 1
             logger.warning(

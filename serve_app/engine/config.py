@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from serve_app.errors import ConfigurationError
 
+FAST_MODE = "fast-"
+"""How a numerics fingerprint begins where tokens may depend on the batch: not deterministic mode."""
 KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -46,6 +49,10 @@ class EngineConfig:
     num_threads: int | None = None
     """CPU threads of one step. By default the cores this process may use."""
 
+    stuck_seconds: float | None = None
+    """A step that has not returned for so long never will: the replica's process ends, and its streams go on elsewhere. By
+    default 20 on a GPU, 120 on a CPU."""
+
     cuda_graphs: bool = True
     """Capture decode steps as CUDA graphs. Ignored on a CPU."""
 
@@ -73,6 +80,8 @@ class EngineConfig:
             self.max_num_seqs <= self.max_num_batched_tokens,
             f"at most max_num_batched_tokens ({self.max_num_batched_tokens})",
         )
+        seconds = self.stuck_seconds
+        check("stuck_seconds", seconds is None or 0.0 < seconds < math.inf, "a number of seconds above 0, or None")
         check("gpu_memory_utilization", 0.0 < self.gpu_memory_utilization <= 1.0, "above 0 and at most 1")
         check("kv_cache_dtype", self.kv_cache_dtype in KV_CACHE_DTYPES, f"one of {', '.join(KV_CACHE_DTYPES)}")
         check("seed", isinstance(self.seed, int) and 0 <= self.seed < 2**64, "an integer from 0 to 2**64 - 1")

@@ -2,7 +2,7 @@
 
 Knows Ray Serve's hooks. engine/ knows what runs, channel.py and output_hub.py what travels, lease_table.py what is booked.
 
-A replica is lost rather than sick: if the engine's thread has died, or a step has not returned for STUCK_SECONDS, the
+A replica is lost rather than sick: if the engine's thread has died, or a step has not returned for stuck_seconds, the
 process ends at once, and whoever used it knows within milliseconds.
 """
 
@@ -34,8 +34,10 @@ from serve_app.routing.ray_router import RayRouter
 
 logger = logs.get_logger(__name__)
 
-STUCK_SECONDS = 120.0
-"""A step that has not returned for so long will not: the process ends. Far above the longest step of a CPU."""
+STUCK_SECONDS = {"cuda": 20.0, "cpu": 120.0}
+"""Default of stuck_seconds, by device: far above its longest step."""
+WATCH_SECONDS = 0.25
+"""Between two looks at the engine: Ray Serve's own health check asks less often."""
 
 
 class Replica:
@@ -67,6 +69,9 @@ class Replica:
         )
         # In an empty context: it belongs to no call.
         self._reports = loop.create_task(self._reporter.run(), context=contextvars.Context())
+        kind = engine.runner.device.torch_device.type if hasattr(engine.runner, "device") else "cpu"
+        self._stuck_seconds = engine.config.stuck_seconds or STUCK_SECONDS[kind]
+        self._watch = loop.create_task(self._watch_engine(), context=contextvars.Context())
         logger.info("replica %s is ready", self.replica_id)
 
     # ---- the channel's replica end -------------------------------------------------------------------------------
@@ -100,11 +105,16 @@ class Replica:
         error = None
         if not self.engine.is_alive:
             error = f"the engine has died: {self.engine.error}"
-        elif self.engine.seconds_without_progress > STUCK_SECONDS:
+        elif self.engine.seconds_without_progress > self._stuck_seconds:
             error = f"a step has not returned for {self.engine.seconds_without_progress:.0f} s"
         if error is not None:
             logger.critical("replica %s ends: %s", self.replica_id, error)
             os._exit(1)
+
+    async def _watch_engine(self) -> None:
+        while True:
+            await self.check_health()
+            await asyncio.sleep(WATCH_SECONDS)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         block_size = self.engine.engine.config.block_size
@@ -116,6 +126,7 @@ class Replica:
 
     async def __del__(self) -> None:
         self._reports.cancel()
+        self._watch.cancel()
         await asyncio.to_thread(self.engine.stop, 5.0)
 
     async def describe(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from serve_app.engine.config import EngineConfig
+from serve_app.engine.config import FAST_MODE, EngineConfig
 from serve_app.engine.engine import Step
 from serve_app.engine.scheduler import SchedulerOutput
 from serve_app.errors import ConfigurationError
@@ -102,7 +102,8 @@ class ModelRunner:
 
     def _fingerprint(self) -> str:
         weights = weights_fingerprint(self.directory) if self.load_format != "dummy" else f"dummy {self.config.seed}"
-        return self.device.fingerprint(
+        mode = "" if self.deterministic else FAST_MODE
+        return mode + self.device.fingerprint(
             {
                 "weights": weights,
                 "model": self.model_config,

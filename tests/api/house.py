@@ -154,7 +154,7 @@ class House:
         self.router.ledger._grace_seconds = 0.1
 
     async def metrics(self) -> str:
-        return render(await self.client.look("snapshot"))
+        return render(await self.client.look("snapshot"), "ingress0", self.service.failover.counters)
 
     def make_client(self, name: str) -> tuple[RouterClient, Channels, Service]:
         client = RouterClient(self, name, lambda: list(self.transport.hubs), away_seconds=0.2, seed=0)

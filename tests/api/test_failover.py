@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
-from serve_app.api.failover import MAX_DEATHS_ON_TRIAL, SUSPECT_AFTER, TRIAL_TOKENS, Failover, FailoverOptions, Journey
-from serve_app.api.protocol import parse_json
+from serve_app.api.failover import MAX_DEATHS_ON_TRIAL, SUSPECT_AFTER, TRIAL_TOKENS, Failover, FailoverLimits, Journey
+from serve_app.api.protocol import CompletionRequest, parse_json
 from serve_app.api.stream import GenerationStream
 from serve_app.config import ServeArgs
 from serve_app.engine.engine import Engine
@@ -27,6 +28,7 @@ from serve_app.errors import (
     OverloadedError,
     ReplicaKillerError,
     ReplicaLostError,
+    SlowReaderError,
 )
 from serve_app.replica.load import load_engine
 from serve_app.routing.ledger import Lease, LeaseRequest
@@ -64,7 +66,7 @@ def test_an_innocent_is_carried_on_and_a_killer_is_refused() -> None:
             await killer.begin_attempt()
             killer.lost(ReplicaLostError("planted"), 13)
         await killer.begin_attempt()
-        with pytest.raises(ReplicaKillerError, match=f"{SUSPECT_AFTER + MAX_DEATHS_ON_TRIAL} replicas died"):
+        with pytest.raises(ReplicaKillerError, match=f"{SUSPECT_AFTER + MAX_DEATHS_ON_TRIAL} replicas in a row died"):
             killer.lost(ReplicaLostError("planted"), 13)
         assert not failover.trial.locked()
         assert failover.counters["replica_killers"] == 1
@@ -75,7 +77,7 @@ def test_an_innocent_is_carried_on_and_a_killer_is_refused() -> None:
 
 def test_bounds_of_losses_and_of_time() -> None:
     async def test() -> None:
-        failover = Failover(FailoverOptions(max_losses=3, max_seconds=0.02))
+        failover = Failover(FailoverLimits(max_losses=3, max_seconds=0.02))
         journey = Journey(failover)
         for _ in range(5):
             journey.lost(ChannelLostError("the replica lives"), 0)
@@ -210,6 +212,15 @@ def test_other_numerics_are_counted() -> None:
     assert failover.counters == {"lost": 1, "resumed": 1, "resumed_with_other_numerics": 1}
 
 
+def test_fast_mode_is_counted() -> None:
+    failover = Failover()
+    world = Scripted([[out(0, 10)], ReplicaLostError("x")], [[out(0, 11), out(0, 12, end=True)]])
+    world.fingerprints = ["fast-a"] * 2
+    assert read(world, failover=failover) == {0: [10, 11, 12]}
+    assert failover.counters["resumed_in_fast_mode"] == 1
+    assert "resumed_with_other_numerics" not in failover.counters
+
+
 # ---- the whole service -----------------------------------------------------------------------------------------------
 
 
@@ -303,9 +314,30 @@ def test_a_request_that_kills_replicas_is_refused_alone(house: House) -> None:
         assert (ids, reason, error["code"]) == ([97 + (5 + i) % 26 for i in range(5)], "", "replica_killer")
         assert [one.result() for one in others] == [(ids, "length", {}) for ids in expected]
         assert ask(house, [1, 2, 3], 4)[1] == "length"
+        assert 'kind="replica_killers"} 1' in httpx.get(house.url + "/metrics").text
         assert replacer.num_deaths == SUSPECT_AFTER + MAX_DEATHS_ON_TRIAL
     counters = house.service.failover.counters
     assert counters["replica_killers"] == 1
     assert counters["given_up"] == 0
     assert counters["resumed"] >= 12
     assert counters["trials"] > MAX_DEATHS_ON_TRIAL
+
+
+@pytest.mark.parametrize("prompts", [[9], [9, 10, 11]], ids=["one prompt", "three prompts"])
+def test_a_reader_that_does_not_read_is_cut_off(house: House, prompts: list[int]) -> None:
+    """The engine is free again at once; whoever reads gets the error when it goes on."""
+    house.channels.max_behind = 20
+    body = {"prompt": [[1] * length for length in prompts], "max_tokens": 200, "stream": True}
+
+    async def read() -> None:
+        generation = await house.service.start(CompletionRequest.parse(json.dumps(body).encode()), "slow")
+        chunks = generation.chunks()
+        assert await anext(chunks)
+        while any(replica.engine.num_unfinished for replica in house.replicas):
+            await asyncio.sleep(0.01)
+        assert sum(replica.engine.engine.recorder.num_steps for replica in house.replicas) < 180
+        with pytest.raises(SlowReaderError, match="at most 20 are kept"):
+            async for _ in chunks:
+                pass
+
+    house.run(read())
