@@ -34,6 +34,8 @@ REPLICA = {
     "num_booked_blocks": Metric("replica_kv_blocks_booked", "gauge", "Sum of its live leases"),
     "num_free_blocks": Metric("replica_kv_blocks_free", "gauge", "Budget left; below 0 after growth past the pool"),
     "num_leases": Metric("replica_leases", "gauge", "Its live leases"),
+    "max_num_seqs": Metric("replica_places", "gauge", "Sequences that one of its steps holds"),
+    "num_booked_seqs": Metric("replica_places_booked", "gauge", "Choices of its live leases; an eighth more stand by"),
     "num_running": Metric("replica_running", "gauge", "Sequences in its steps"),
     "num_waiting": Metric("replica_waiting", "gauge", "Sequences that wait inside its engine"),
     "is_draining": Metric("replica_draining", "gauge", "1 while it ends what it has and takes nothing new"),

@@ -2,7 +2,8 @@
 standard library only.
 
 Ray Serve counts requests as handles see them; here a handle call submits, and what lasts is a stream per ingress, so its
-own count says nothing. Each replica reports what is booked on it, the size of its pool, and what waits in the router:
+own count says nothing. Each replica reports what is booked on it, the size of its pool, and what waits in the router. Where
+its places in a step are fuller than its pool, they count, as tokens of the pool:
 
     wanted = ceil((sum of booked tokens + tokens that wait) / (target * tokens of one pool))
 

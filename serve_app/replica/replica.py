@@ -117,10 +117,15 @@ class Replica:
             await asyncio.sleep(WATCH_SECONDS)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        block_size = self.engine.engine.config.block_size
+        config = self.engine.engine.config
+        # What is scarce: room in the pool, or places in a step.
+        share = max(
+            self.table.num_booked_blocks / self.table.num_blocks, self.table.num_booked_seqs / config.max_num_seqs
+        )
+        pool = float(self.table.num_blocks * config.block_size)
         return {
-            COMMITTED: float(self.table.num_booked_blocks * block_size),
-            POOL: float(self.table.num_blocks * block_size),
+            COMMITTED: share * pool,
+            POOL: pool,
             QUEUED: float(self._reporter.num_queued_tokens),
         }
 

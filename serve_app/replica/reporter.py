@@ -40,7 +40,7 @@ class Reporter:
         look_seconds: float = 0.1,
     ) -> None:
         self.num_queued_tokens = 0
-        """Tokens that waited in the router at the last report, for autoscaling."""
+        """Tokens of budget that the router's queue waited for at the last report, for autoscaling."""
         self._router = router
         self._replica_id = replica_id
         self._engine = engine

@@ -970,6 +970,12 @@ class Ledger:
         """Prompt and output tokens of all waiting requests."""
         return self._num_queued_tokens
 
+    @property
+    def num_queued_budget(self) -> int:
+        """Tokens of the pools that they would take up, where each choice takes at least the share of its place in a step."""
+        most = min((_pool_tokens(r.report) / r.report.max_num_seqs for r in self._replicas.values()), default=0.0)
+        return max(self._num_queued_tokens, math.ceil(most * sum(entry.request.num_choices for entry in self._queue)))
+
     def rows(self, replica_id: str) -> tuple[BookedLease, ...]:
         """The live leases of one replica, as its own table should show them."""
         replica = self._replicas.get(replica_id)

@@ -130,10 +130,10 @@ class Router:
     # ---- replica -------------------------------------------------------------------------------------------------
 
     async def report(self, report: ReplicaReport) -> int:
-        """The replica's table; see Ledger.report. Returns the tokens that wait in the queue, for autoscaling."""
+        """The replica's table; see Ledger.report. Returns the budget that the queue waits for, for autoscaling."""
         self.ledger.report(report, self._called())
         self._deliver()
-        return self.ledger.num_queued_tokens
+        return self.ledger.num_queued_budget
 
     # ---- the launcher --------------------------------------------------------------------------------------------
 

@@ -14,11 +14,10 @@ import contextlib
 import contextvars
 import dataclasses
 import itertools
-import math
 import random
 from collections import Counter
 from collections.abc import Callable, Coroutine
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from serve_app.errors import DeadlineExceededError, EngineUnavailableError, ServerDrainingError
 from serve_app.logs import get_logger
@@ -49,6 +48,15 @@ class RouterSeam(Protocol):
     async def call(self, method: str, *args: Any) -> Any: ...
 
 
+class _Waiter(NamedTuple):
+    """One call of `RouterClient.lease`. Times: seconds of the event loop's clock."""
+
+    request: LeaseRequest
+    answer: asyncio.Future[Lease]
+    asked_at: float
+    deadline: float | None
+
+
 class RouterClient:
     """For one event loop. ``replica_ids``: the replicas that calls can reach now, as Ray Serve says."""
 
@@ -75,9 +83,12 @@ class RouterClient:
         self._tasks: set[asyncio.Task[None]] = set()
         self._new: dict[str, LeaseRequest] = {}
         """Not yet asked."""
-        self._answers: dict[str, asyncio.Future[Lease]] = {}
-        self._deadlines: dict[str, float] = {}
-        """Of those that wait and have one: seconds of the event loop's clock."""
+        self._waiters: dict[str, _Waiter] = {}
+        """Those without a lease."""
+        self._away_since = 0.0
+        """Seconds of the event loop's clock."""
+        self._alone: asyncio.Task[None] | None = None
+        """`_lease_alone`, while the router is away."""
         self._queued: dict[str, LeaseRequest] = {}
         """Told to wait."""
         self._settled: dict[str, Settled] = {}
@@ -124,18 +135,17 @@ class RouterClient:
             raise ServerDrainingError(self._end)
         request_id = request.request_id
         answer: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
-        self._answers[request_id] = answer
-        if request.remaining_ms is not None:
-            self._deadlines[request_id] = asyncio.get_running_loop().time() + request.remaining_ms / 1000.0
+        now = asyncio.get_running_loop().time()
+        deadline = None if request.remaining_ms is None else now + request.remaining_ms / 1000.0
+        waiter = self._waiters[request_id] = _Waiter(request, answer, now, deadline)
         self._new[request_id] = request
         self._has_new.set()
         try:
-            lease = await self._wait(request, answer)
+            lease = await self._wait(waiter)
         except BaseException:
             self._drop(request_id, answer)
             raise
-        self._answers.pop(request_id, None)
-        self._deadlines.pop(request_id, None)
+        self._waiters.pop(request_id, None)
         self._own[lease.lease_id] = lease.replica_id, lease.num_tokens
         return lease
 
@@ -148,9 +158,9 @@ class RouterClient:
     def end(self, reason: str | None) -> None:
         """Whoever waits for a lease, or asks for one later, hears ServerDrainingError. None: no longer so."""
         self._end = reason
-        for answer in self._answers.values():
-            if reason is not None and not answer.done():
-                answer.set_exception(ServerDrainingError(reason))
+        for waiter in self._waiters.values():
+            if reason is not None:
+                _fail(waiter.answer, ServerDrainingError(reason))
 
     def replica_lost(self, replica_id: str) -> None:
         """Calls to it fail: the router forgets it at once."""
@@ -176,27 +186,37 @@ class RouterClient:
     @property
     def num_waiting(self) -> int:
         """Requests without a lease."""
-        return len(self._answers)
+        return len(self._waiters)
 
     # ---- waiting -------------------------------------------------------------------------------------------------
 
-    async def _wait(self, request: LeaseRequest, answer: asyncio.Future[Lease]) -> Lease:
-        """While the router answers there is no limit here but the request's own: its queue has one."""
+    async def _wait(self, waiter: _Waiter) -> Lease:
+        """While the router answers there is no limit here but the request's own: its queue has one. Nobody looks again and
+        again, since thousands may wait: timers and `_lease_alone` end a wait."""
+        if waiter.deadline is None:
+            return await waiter.answer
+        ends_at = waiter.deadline + LATE_SECONDS
+        timer = asyncio.get_running_loop().call_at(ends_at, _fail, waiter.answer, _late())
+        try:
+            return await waiter.answer
+        finally:
+            timer.cancel()
+
+    async def _lease_alone(self) -> None:
+        """While the router is away: leases of its own for those that have waited for away_seconds of that time."""
         loop = asyncio.get_running_loop()
-        away_since: float | None = None
-        ends_at = self._deadlines.get(request.request_id, math.inf) + LATE_SECONDS
-        while True:
-            done, _ = await asyncio.wait({answer}, timeout=min(self._away_seconds / 4, max(0.0, ends_at - loop.time())))
-            if done:
-                return answer.result()
-            if loop.time() >= ends_at:
-                raise DeadlineExceededError("no lease before this request's deadline")
-            if not self.is_away:
-                away_since = None
-            elif away_since is None:
-                away_since = loop.time()
-            elif loop.time() - away_since >= self._away_seconds:
-                return self._make_lease(request)
+        while self.is_away:
+            await asyncio.sleep(self._away_seconds / 4)
+            for waiter in list(self._waiters.values()):
+                is_due = loop.time() - max(self._away_since, waiter.asked_at) >= self._away_seconds
+                if not self.is_away or not is_due or waiter.answer.done():
+                    continue
+                try:
+                    lease = self._make_lease(waiter.request)
+                except EngineUnavailableError as error:
+                    waiter.answer.set_exception(error)
+                else:
+                    waiter.answer.set_result(lease)
 
     def _make_lease(self, request: LeaseRequest) -> Lease:
         # Of those that can be reached now the ones that the router knew: others may run another model, or leave.
@@ -217,6 +237,7 @@ class RouterClient:
         self.counters["own_leases"] += 1
         lease_id = f"{self.holder_id}.{next(self._numbers)}"
         self._forget(request.request_id)
+        self._own[lease_id] = replica_id, num_blocks * block_size
         return Lease(lease_id, replica_id, num_blocks * block_size, 0)
 
     def _drop(self, request_id: str, answer: asyncio.Future[Lease]) -> None:
@@ -226,8 +247,7 @@ class RouterClient:
         self._forget(request_id)
 
     def _forget(self, request_id: str) -> None:
-        self._answers.pop(request_id, None)
-        self._deadlines.pop(request_id, None)
+        self._waiters.pop(request_id, None)
         was_asked = self._new.pop(request_id, None) is None
         if self._queued.pop(request_id, None) is not None or was_asked:
             self._withdrawn[request_id] = None
@@ -235,14 +255,14 @@ class RouterClient:
 
     def _resolve(self, request_id: str, answer: Answer) -> None:
         self._queued.pop(request_id, None)
-        waiter = self._answers.get(request_id)
-        if waiter is None or waiter.done():
+        waiter = self._waiters.get(request_id)
+        if waiter is None or waiter.answer.done():
             if isinstance(answer, Lease):
                 self.settle(answer, None)
         elif isinstance(answer, Lease):
-            waiter.set_result(answer)
+            waiter.answer.set_result(answer)
         else:
-            waiter.set_exception(answer)
+            waiter.answer.set_exception(answer)
 
     # ---- the three loops -----------------------------------------------------------------------------------------
 
@@ -257,7 +277,7 @@ class RouterClient:
                 answers = await self._call(CALL_SECONDS, "ask", [self._as_of_now(r) for r in asked.values()])
             except RouterUnavailableError:
                 # Asked again: a request that was heard keeps its place, or gets the same lease.
-                again = {i: r for i, r in asked.items() if i in self._answers}
+                again = {i: r for i, r in asked.items() if i in self._waiters}
                 self._new = {**again, **self._new}
                 await asyncio.sleep(PAUSE_SECONDS)
                 self._has_new.set()
@@ -265,15 +285,15 @@ class RouterClient:
             for (request_id, request), answer in zip(asked.items(), answers, strict=True):
                 if answer is not None:
                     self._resolve(request_id, answer)
-                elif request_id in self._answers:
+                elif request_id in self._waiters:
                     self._queued[request_id] = request
                     self._has_queued.set()
 
     def _as_of_now(self, request: LeaseRequest) -> LeaseRequest:
-        deadline = self._deadlines.get(request.request_id)
-        if deadline is None:
+        waiter = self._waiters.get(request.request_id)
+        if waiter is None or waiter.deadline is None:
             return request
-        remaining_ms = max(0.0, (deadline - asyncio.get_running_loop().time()) * 1000.0)
+        remaining_ms = max(0.0, (waiter.deadline - asyncio.get_running_loop().time()) * 1000.0)
         return dataclasses.replace(request, remaining_ms=remaining_ms)
 
     async def _take_forever(self) -> None:
@@ -342,10 +362,23 @@ class RouterClient:
     def _has_failed(self, method: str, reason: str) -> None:
         if not self.is_away:
             logger.warning("the router does not answer to %s: %s", method, reason)
+            self._away_since = asyncio.get_running_loop().time()
         self.is_away = True
+        if not self._is_closed and (self._alone is None or self._alone.done()):
+            self._alone = self._spawn(self._lease_alone())
         self.counters["failed_calls"] += 1
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(coroutine, context=contextvars.Context())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def _fail(answer: asyncio.Future[Lease], error: Exception) -> None:
+    if not answer.done():
+        answer.set_exception(error)
+
+
+def _late() -> DeadlineExceededError:
+    return DeadlineExceededError("no lease before this request's deadline")
