@@ -51,6 +51,8 @@ $(STAMP): pyproject.toml constraints.txt
 		$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	@echo '==> installing ragged-serve, editable, with what its tests and checks need'
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	@echo '==> compiling the CPU kernels for this machine (else the first start would)'
+	-$(BIN)/python -m serve_app.replica.load deploy/config.yaml
 	@echo installed > $(STAMP)
 
 serve: $(STAMP) ## start the server of CONFIG; Ctrl-C drains and ends all of it
