@@ -119,6 +119,7 @@ def part_of(process: psutil.Process) -> str:
     for sign, part in (
         ("ServeReplica:ragged-serve:Ingress", "ingress"),
         ("ServeReplica:ragged-serve:Replica", "replica"),
+        ("ServeReplica:plain:Plain", "replica"),
         ("RouterActor", "router"),
         ("ServeController", "controller"),
         ("ProxyActor", "proxy"),
