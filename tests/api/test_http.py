@@ -15,6 +15,7 @@ import httpx
 import openai
 import pytest
 
+from serve_app.api.failover import FailoverLimits
 from serve_app.api.protocol import CompletionRequest, parse_json
 from serve_app.llm import LLM, SamplingParams
 from tests.api.abuses import ABUSES, Abuse
@@ -469,6 +470,7 @@ def test_no_replica_is_a_clear_answer(directory: Path) -> None:
 
         house.run(lose())
         house.client._away_seconds = 0.1
+        house.service.failover.limits = FailoverLimits(max_seconds=1.0)
         body = {"prompt": "a", "max_tokens": 4}
         house.run(_short_queue(house))
         answer = httpx.post(house.url + "/v1/completions", json=body, timeout=60)

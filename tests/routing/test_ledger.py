@@ -202,7 +202,7 @@ def test_without_a_replica_requests_wait() -> None:
     assert ledger.grants(0.1) == []
     ledger.report(report(), 0.2)
     ((request_id, lease),) = ledger.grants(0.2)
-    assert (request_id, lease) == ("r", Lease("7.1", "a", 16, 7))
+    assert (request_id, lease) == ("r", Lease("7.1", "a", 16, 7, "f"))
     assert ledger.grants(0.2) == []
 
 
@@ -661,7 +661,7 @@ def test_a_restarted_router_adopts_before_it_grants(ends_by: str) -> None:
     assert not ledger.snapshot()["is_rebuilding"]
     assert free(ledger) == 3
     answers = ledger.grants(1.6)
-    assert [lease for _, lease in answers] == ([Lease("2.1", "b", 128, 2)] if ends_by == "reports" else [])
+    assert [lease for _, lease in answers] == ([Lease("2.1", "b", 128, 2, "f")] if ends_by == "reports" else [])
     assert ledger.counters["adopted"] == 1
     assert ledger.counters["drift"] == 0
     ledger.check_invariants()
@@ -929,6 +929,7 @@ FAULTS: list[Fault] = [
     (grant_past_the_pool, quiet, "budget: "),
     (grant_past_the_places, quiet, "places: "),
     (count_a_place_too_few, quiet, "load: "),
+    (judge_no_waits, quiet, "queue: "),
     (judge_no_waits, scenario(test_a_request_that_would_be_late_is_refused_at_once), "not refused: "),
     (start_what_will_be_late, scenario(test_a_request_that_has_waited_too_long_is_not_started), "assert "),
     (
