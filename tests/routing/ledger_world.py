@@ -494,7 +494,11 @@ class World:
                 assert self.faults or shown["num_free_blocks"] >= 0, "budget: negative"
             if not self.faults:
                 self.check_difference(replica_id, rows)
-        assert len(self.pending) == snapshot["num_queued_requests"], "queue: it is not who waits"
+        num_queued = snapshot["num_queued_requests"]
+        assert len(self.pending) == num_queued, "queue: it is not who waits"
+        if not self.faults:  # else streams that go on come in beyond its limits
+            assert num_queued <= self.options.max_queued_requests, f"queue: {num_queued} requests wait"
+            assert num_queued == 1 or snapshot["num_queued_tokens"] <= self.options.max_queued_tokens, "queue: tokens"
 
     def check_difference(self, replica_id: str, booked: dict[str, int]) -> None:
         """Without faults: the two tables differ by the grants and the settlements in flight, and by nothing else."""
