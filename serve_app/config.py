@@ -374,7 +374,7 @@ class RouterOptions(Options):
     """Prompt and output tokens of all waiting requests. A single one may be larger, if it is alone."""
 
     max_queue_seconds: PositiveSeconds = 30.0
-    """Longest wait for budget, then 429."""
+    """Longest wait for budget, then 429; at once, where it would be longer by the rate at which budget is freed."""
 
     lease_seconds: PositiveSeconds = 10.0
     """An ingress not heard of for so long is gone, and its leases are freed; so is a replica."""

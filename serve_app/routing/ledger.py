@@ -182,7 +182,7 @@ class LedgerOptions:
     """Prompt and output tokens of all waiting requests. A single one may be larger, if it is alone."""
 
     max_queue_seconds: float = 30.0
-    """Longest wait, then 429."""
+    """Longest wait, then 429; at once, where it would be longer by the rate at which room is freed."""
 
     lease_seconds: float = 10.0
     """A holder not heard of for so long is gone, and so is a replica."""
@@ -435,6 +435,10 @@ class Ledger:
         """May get grants."""
         return not replica.report.is_draining and self._now - replica.reported_at <= self.options.replica_seconds
 
+    @property
+    def _has_open_replica(self) -> bool:
+        return any(self._is_open(replica) for replica in self._replicas.values())
+
     # --------------------------------------------------------------------------------------------------- holders
 
     def request(self, request: LeaseRequest, now: float) -> Lease | None:
@@ -665,9 +669,10 @@ class Ledger:
         return max(1, math.ceil(min(seconds, MAX_RETRY_AFTER)))
 
     def _seconds_to_grant(self, entry: _Waiting) -> float | None:
-        """How long a request that has just come will wait, by what is freed now. None: that is not known."""
+        """How long a request that has just come will wait, by what is freed now. None: that is not known, or no replica is
+        open, and it waits for one."""
         rate = self._drain.tokens_per_second
-        if rate is None:
+        if rate is None or not self._has_open_replica:
             return None
         if self._queue[-1] is entry:
             num_tokens = self._num_queued_expected_tokens
@@ -855,7 +860,7 @@ class Ledger:
     def _advance(self, now: float) -> None:
         """Does what is due. Costs a look at each replica and holder; a clock that goes back stands still."""
         now = max(now, self._now)
-        if self._is_pressed and self._rows and self._now > -math.inf:
+        if self._is_pressed and self._rows and self._now > -math.inf and self._has_open_replica:
             self._drain.elapse(now - self._now)
         self._now = now
         options = self.options

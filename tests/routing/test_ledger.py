@@ -495,6 +495,16 @@ def test_a_request_that_would_wait_too_long_is_refused_at_once() -> None:
     assert (str(refused), refused.retry_after) == ("15 requests wait, some 3 s long; the limit is 3 s", 4)
 
 
+def test_without_an_open_replica_requests_wait_for_one() -> None:
+    ledger, now = busy(max_queue_seconds=3.0)
+    ledger.report(report("a", 2, *ledger.rows("a"), is_draining=True), now)
+    for i in range(40):
+        assert ledger.request(ask(f"e{i}", remaining_ms=6000.0), now) is None
+    rate = ledger.snapshot()["drain_tokens_per_second"]
+    assert len(ledger.grants(now + 3.0)) == 40
+    assert ledger.snapshot()["drain_tokens_per_second"] == rate
+
+
 def test_a_request_that_has_waited_too_long_is_not_started() -> None:
     ledger, now = busy()
     assert ledger.request(ask("waits", remaining_ms=4000.0), now) is None
