@@ -71,10 +71,15 @@ def made_row(load: float, goodput: float, **fields: Any) -> dict[str, Any]:
 
 def test_verdicts_and_the_cost_of_a_refusal() -> None:
     rows = [made_row(0.5, 10.0), made_row(1.0, 19.0), made_row(2.0, 20.0), made_row(10.0, 18.5)]
-    rows[-1] |= {"rss_mib": {"ingress": 104.0}, "refused": 2800, "cores": {"ingress": 0.3}}
+    rows[-1] |= {
+        "rss_half_mib": {"ingress": 100.5},
+        "rss_mib": {"ingress": 104.0},
+        "refused": 2800,
+        "cores": {"ingress": 0.3},
+    }
     found = {one["what"]: one for one in bench_overload.verdicts(rows, 5.0)}
     assert found["goodput at the highest load, of its peak"]["value"] == 18.5 / 20.0
-    assert found["memory grown in overload, MiB of one part"]["value"] == 4.0
+    assert found["memory grown in half of that load, MiB of a part"]["value"] == 3.5
     assert [what for what, one in found.items() if not one["reached"]] == ["/health p99, s"]
     assert bench_overload.cpu_per_refusal_us(rows) == {"ingress": pytest.approx(1e6 * 0.2 / (2800 / 14.0))}
     assert bench_overload.cpu_per_refusal_us(rows[:2]) == {}
