@@ -335,6 +335,19 @@ class DrainArgs(Options):
     this should be longer than the longest answer. `make serve` waits as long when it is told to end."""
 
 
+class ResumeArgs(Options):
+    """What each Replica keeps of streams whose clients may resume them (X-Resumable): token ids, never their KV cache."""
+
+    keep_seconds: NotNegativeSeconds = 60.0
+    """How long after a stream has ended, or its client has gone. 0: nothing is kept, and X-Resumable is refused."""
+
+    max_requests: PositiveInt = 4096
+    """Such requests at once, running ones included. Beyond: those that ended first are forgotten first."""
+
+    max_tokens: PositiveInt = 1_000_000
+    """Tokens of all of them; each reported log-probability counts as one more. Some 40 to 100 bytes each."""
+
+
 class ServeArgs(Options):
     """``args`` of the application. A changed value restarts every deployment."""
 
@@ -349,6 +362,9 @@ class ServeArgs(Options):
 
     drain: DrainArgs = DrainArgs()
     """The end of a Replica, of an Ingress, and of the server."""
+
+    resume: ResumeArgs = ResumeArgs()
+    """Streams that their clients may resume."""
 
     @model_validator(mode="before")
     @classmethod

@@ -11,6 +11,10 @@ RaggedServeError                  500 internal_error
 |  |- RequestTooLargeError        400 request_too_large        could never fit this replica's KV cache
 |  |- InvalidApiKeyError          401 invalid_api_key          no key, or none of ours
 |  |- UnknownModelError           404 model_not_found          no model of that name is served
+|  |- InvalidEventIdError         400 invalid_event_id         Last-Event-ID is none of ours, or of another request
+|  |- UnknownStreamError          404 stream_not_found         it began with another body or another key
+|  |- StreamResumedError          409 stream_resumed           its client goes on reading it somewhere else
+|  |- StreamGoneError             410 stream_gone              nothing is kept of it any more
 |  `- BodyTooLargeError           413 body_too_large           more bytes than a body may have
 |- DeadlineExceededError          504 deadline_exceeded
 |- StepFailedError                500 step_failed              the model could not compute this request
@@ -126,6 +130,37 @@ class UnknownModelError(InvalidRequestError):
         names = ", ".join(served)
         super().__init__(f"there is no model {shown!r} here" + (f"; served: {names}" if names else ""))
         self.param = "model"
+
+
+class InvalidEventIdError(InvalidRequestError):
+    """``reason`` follows "Last-Event-ID" in the message."""
+
+    code = "invalid_event_id"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"Last-Event-ID {reason}")
+        self.param = "Last-Event-ID"
+
+
+class UnknownStreamError(InvalidRequestError):
+    status = 404
+    code = "stream_not_found"
+
+
+class StreamResumedError(InvalidRequestError):
+    """``ticket``: of the resume that is the latest one."""
+
+    status = 409
+    code = "stream_resumed"
+
+    def __init__(self, message: str, ticket: int = 0) -> None:
+        super().__init__(message)
+        self.ticket = ticket
+
+
+class StreamGoneError(InvalidRequestError):
+    status = 410
+    code = "stream_gone"
 
 
 class BodyTooLargeError(InvalidRequestError):

@@ -68,6 +68,7 @@ def test_every_group_is_found() -> None:
         "FailoverOptions",
         "ApiArgs",
         "DrainArgs",
+        "ResumeArgs",
         "IngressUserConfig",
         "RouterOptions",
         "LimitOptions",

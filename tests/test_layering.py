@@ -47,7 +47,7 @@ SERVICE = Room(
     SERVICE_PACKAGES,
     (
         *(*CORE_FILES, "hub.py", "text/*.py", "config.py", "metrics.py", "api/*.py", "routing/*.py"),
-        *("replica/messages.py", "replica/channel.py", "replica/ray_transport.py"),
+        *("replica/messages.py", "replica/kept.py", "replica/channel.py", "replica/ray_transport.py"),
     ),
 )
 REPLICA = Room("replica", SERVICE_PACKAGES | DEVICE_PACKAGES, (*SERVICE.files, *DEVICE.files, "replica/*.py"))
@@ -122,6 +122,7 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("metrics.py", SERVICE),
     ("api/error_response.py", SERVICE),
     ("api/protocol.py", SERVICE),
+    ("api/event_id.py", SERVICE),
     ("api/answers.py", SERVICE),
     ("api/reference.py", SERVICE),
     ("routing/router.py", SERVICE),
@@ -131,6 +132,7 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("routing/departure.py", SERVICE),
     ("routing/targeted_router.py", SERVICE),
     ("replica/messages.py", SERVICE),
+    ("replica/kept.py", SERVICE),
     ("replica/channel.py", SERVICE),
     ("replica/ray_transport.py", SERVICE),
     ("replica/output_hub.py", REPLICA),
@@ -138,6 +140,7 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("replica/load.py", REPLICA),
     ("replica/reporter.py", REPLICA),
     ("replica/replica.py", REPLICA),
+    ("api/resume.py", SERVICE),
     ("api/draining.py", SERVICE),
     ("api/failover.py", SERVICE),
     ("api/stream.py", SERVICE),

@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from json.encoder import encode_basestring_ascii
 from typing import Any
 
+from serve_app.api.event_id import ChoiceShown, encode_choice, fold, join_event_id
 from serve_app.api.protocol import ChatCompletionRequest, CompletionRequest, EncodedPrompt
 from serve_app.engine.request import FinishReason, TokenLogprobs, TokenOutput
 from serve_app.text.detokenizer import Detokenizer, make_detokenizer
@@ -317,12 +318,17 @@ class Answer:
                     choice.num_chars += len(reader.push((token_id,)))
                 choice.num_chars = num_chars
             if choice.offsets is None:
-                goes_on = prompt.text is not None or self._echo
-                choice.offsets = make_detokenizer(tokenizer, prompt.token_ids if goes_on else (), skip)
+                choice.offsets = self._offsets(prompt)
             for token_id in token_ids:
                 offsets.append(choice.num_chars)
                 choice.num_chars += len(choice.offsets.push((token_id,)))
         return self._format.logprobs(shown_ids, entries, offsets, self._token_texts)
+
+    def _offsets(self, prompt: EncodedPrompt) -> Detokenizer:
+        goes_on = prompt.text is not None or self._echo
+        return make_detokenizer(
+            self._token_texts.tokenizer, prompt.token_ids if goes_on else (), self._request.skip_special_tokens
+        )
 
     def _prompt_text(self, prompt: EncodedPrompt) -> str:
         if prompt.text is not None:
@@ -415,6 +421,67 @@ class StreamedAnswer(Answer):
         return chunk
 
 
+class ResumableAnswer(StreamedAnswer):
+    """Each event has an id that says what its reader has seen. ``keep``: of the stream. See `serve_app.api.resume`."""
+
+    def __init__(self, resume_id: bytes, *args: Any) -> None:
+        super().__init__(*args)
+        self._resume_id = resume_id
+        self._shown: list[ChoiceShown | None] = [None] * len(self._choices)
+        self._parts = [encode_choice(None)] * len(self._choices)
+        """Of the id, one for each choice."""
+        self.is_over = False
+        """Only [DONE] is left."""
+
+    def push(self, prompt_index: int, delta: TextDelta, output: TokenOutput) -> bytes:
+        choice = self._choices[prompt_index * self._n + output.choice_index]
+        if choice.finish_reason is not None:
+            return b""
+        num_before, shown = choice.num_tokens, self._shown[choice.index]
+        data = super().push(prompt_index, delta, output)
+        role = b""
+        if shown is None:
+            shown = ChoiceShown()
+            if data.count(b"\n\n") == 2:  # the first one has the role alone; no JSON holds an end of line
+                end = data.index(b"\n\n") + 2
+                self._show(choice.index, shown)
+                role, data = self._with_id(data[:end]), data[end:]
+        shown_ids = output.token_ids[: choice.num_tokens - num_before]
+        num_chars, checksum = shown.num_chars + len(delta.text), fold(shown_ids, shown.checksum)
+        self._show(choice.index, ChoiceShown(choice.num_tokens, num_chars, checksum, choice.finish_reason is not None))
+        return role + self._with_id(data) if data else role
+
+    def end(self) -> bytes:
+        usage = b"" if self.is_over or not self._include_usage else super().end().removesuffix(DONE)
+        self.is_over = True
+        return (self._with_id(usage) if usage else b"") + self._with_id(DONE)
+
+    def resume(self, prompt_index: int, choice_index: int, shown: ChoiceShown, token_ids: Sequence[int]) -> None:
+        """An earlier answer has shown so much of this choice. ``token_ids``: those, if it goes on."""
+        choice = self._choices[prompt_index * self._n + choice_index]
+        choice.has_begun = True
+        choice.num_tokens = shown.num_tokens
+        self._show(choice.index, shown)
+        if shown.has_ended:
+            choice.finish_reason = "shown"
+        elif self._request.num_logprobs is not None and isinstance(self._format, CompletionFormat):
+            prompt = self._prompts[prompt_index]
+            choice.offsets = self._offsets(prompt)
+            choice.num_chars = len(self._prompt_text(prompt)) if self._echo else 0
+            choice.num_chars += len(choice.offsets.push(token_ids))
+
+    def resume_prompt(self, prompt_index: int, num_cached_tokens: int) -> None:
+        """Of this prompt the prefix cache had so many tokens."""
+        self._num_cached_tokens[prompt_index] = num_cached_tokens
+
+    def _show(self, index: int, shown: ChoiceShown) -> None:
+        self._shown[index] = shown
+        self._parts[index] = encode_choice(shown)
+
+    def _with_id(self, event: bytes) -> bytes:
+        return b"id: " + join_event_id(self._resume_id, self._parts, self.is_over) + b"\n" + event
+
+
 class WholeAnswer(Answer):
     """One JSON body."""
 
@@ -468,8 +535,10 @@ def make_answer(
     prompts: Sequence[EncodedPrompt],
     token_texts: TokenTexts,
     system_fingerprint: str | None = None,
+    resume_id: bytes | None = None,
 ) -> Answer:
-    """The answer that ``request`` asks for. ``created``: seconds since 1970; ``model``: the name that the client used."""
+    """The answer that ``request`` asks for. ``created``: seconds since 1970; ``model``: the name that the client used;
+    ``resume_id``: of a stream that its client may resume."""
     format: Format = ChatFormat() if isinstance(request, ChatCompletionRequest) else CompletionFormat()
     head = {
         "id": format.id_prefix + request_id,
@@ -479,6 +548,8 @@ def make_answer(
     }
     if system_fingerprint is not None:
         head["system_fingerprint"] = system_fingerprint
+    if resume_id is not None:
+        return ResumableAnswer(resume_id, format, request, head, prompts, token_texts)
     kind = StreamedAnswer if request.stream else WholeAnswer
     return kind(format, request, head, prompts, token_texts)
 

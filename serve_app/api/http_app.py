@@ -30,7 +30,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve_app.api.answers import StreamedAnswer
 from serve_app.api.error_response import error_event, error_response
 from serve_app.api.protocol import (
+    EVENT_ID_HEADER,
     MAX_REQUEST_ID_CHARS,
+    RESUMABLE_HEADER,
     TIMEOUT_HEADER,
     ChatCompletionRequest,
     CompletionRequest,
@@ -38,6 +40,7 @@ from serve_app.api.protocol import (
     TokenizeRequest,
     timeout_ms,
 )
+from serve_app.api.resume import resumable_of
 from serve_app.api.service import Generation, GenerationRequest, Service
 from serve_app.errors import BodyTooLargeError, InvalidApiKeyError, RaggedServeError
 from serve_app.logs import get_logger
@@ -143,8 +146,7 @@ class Edge:
 
     def _check_key(self, headers: Headers) -> None:
         """All keys are compared, each in constant time: the time says nothing of which one was near."""
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        key = given.strip().encode() if scheme.lower() == "bearer" else headers.get("x-api-key", "").encode()
+        key = given_key(headers)
         matches = [hmac.compare_digest(key, known) for known in self.api_keys]
         if not any(matches):
             raise InvalidApiKeyError(
@@ -152,6 +154,12 @@ class Edge:
                 if key
                 else "an API key is needed: Authorization: Bearer <key>"
             )
+
+
+def given_key(headers: Headers) -> bytes:
+    """The API key of a request; empty without one."""
+    scheme, _, given = headers.get("authorization", "").partition(" ")
+    return given.strip().encode() if scheme.lower() == "bearer" else headers.get("x-api-key", "").encode()
 
 
 def new_request_id() -> str:
@@ -249,11 +257,15 @@ async def _generate(face: Face, request: Request, kind: type[GenerationRequest])
     service = face.service
     received_at = asyncio.get_running_loop().time()
     remaining_ms = timeout_ms(request.headers.get(TIMEOUT_HEADER))
-    asked = await service.parse(kind, await read_body(request, face.max_body_bytes))
+    body = await read_body(request, face.max_body_bytes)
+    asked = await service.parse(kind, body)
+    resumable = None
+    if RESUMABLE_HEADER in request.headers or EVENT_ID_HEADER in request.headers:
+        resumable = resumable_of(request.headers, request.url.path, given_key(request.headers), body)
     request_id = asked.request_id or request.state.request_id
     if remaining_ms is not None:
         remaining_ms -= (asyncio.get_running_loop().time() - received_at) * 1000.0
-    generation = await service.start(asked, request_id, remaining_ms)
+    generation = await service.start(asked, request_id, remaining_ms, resumable)
     # Up to the first bytes an error still has a status of its own, and a client that goes away is noticed here.
     answer = await until_disconnect(request.receive, _begin(generation, request_id))
     if answer is None:

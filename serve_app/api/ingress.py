@@ -46,6 +46,7 @@ class Ingress:
         self.channels = Channels(RayTransport(replicas), self.ingress_id)
         model = await asyncio.to_thread(load_served_model, self.args)
         self.service = Service(model, self.router, self.channels, lambda: self.router.state)
+        self.service.keeps_streams = self.args.resume.keep_seconds > 0
         self.router.start()
         departure.is_leaving()  # raises here, and not in the middle of a drain
         draining = Draining(

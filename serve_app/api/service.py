@@ -16,9 +16,13 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, TypeVar
 
 from serve_app import hub
-from serve_app.api.answers import Answer, TokenTexts, detokenize_body, make_answer, tokenize_body
+from serve_app.api import resume
+from serve_app.api.answers import Answer, ResumableAnswer, TokenTexts, detokenize_body, make_answer, tokenize_body
+from serve_app.api.event_id import ChoiceShown
 from serve_app.api.failover import Failover
 from serve_app.api.protocol import (
+    EVENT_ID_HEADER,
+    RESUMABLE_HEADER,
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -27,17 +31,20 @@ from serve_app.api.protocol import (
     TokenizeRequest,
     default_chat_max_tokens,
 )
+from serve_app.api.resume import MAX_CHOICES, Begun, Resumable
 from serve_app.api.stream import GenerationStream, Leases, prefix_hashes
 from serve_app.config import ServeArgs
 from serve_app.engine.request import FinishReason, SamplingParams, TokenOutput
 from serve_app.errors import (
     ContextLengthError,
     EngineUnavailableError,
+    InvalidEventIdError,
     InvalidParameterError,
     RaggedServeError,
     UnknownModelError,
 )
 from serve_app.replica.channel import Channels
+from serve_app.replica.kept import Keep, Origin
 from serve_app.routing.router import RouterState
 from serve_app.text.chat_template import ChatTemplate
 from serve_app.text.text_stream import TextStream
@@ -99,6 +106,8 @@ class Service:
         self.token_texts = TokenTexts(model.tokenizer)
         self.num_running = 0
         """Requests that are being answered."""
+        self.keeps_streams = True
+        """Replicas keep streams for clients that come back."""
         self._leases = leases
         self._channels = channels
         self._replicas = replicas
@@ -116,8 +125,15 @@ class Service:
             return await asyncio.to_thread(parse, body, self.limits)
         return parse(body, self.limits)
 
-    async def start(self, request: GenerationRequest, request_id: str, remaining_ms: float | None = None) -> Generation:
+    async def start(
+        self,
+        request: GenerationRequest,
+        request_id: str,
+        remaining_ms: float | None = None,
+        resumable: Resumable | None = None,
+    ) -> Generation:
         """Everything up to the first lease. ``remaining_ms``: until nobody wants the answer; None: no such time.
+        ``resumable``: its client may resume it, or does so now.
 
         Raises InvalidRequestErrors, and EngineUnavailableError without a replica.
         """
@@ -126,14 +142,20 @@ class Service:
         template = self.model.chat_template
         prompts = await self._off_loop(_num_chars(request), lambda: request.prompts(self.model.tokenizer, template))
         sampling = [self._sampling(request, prompt, state) for prompt in prompts]
+        created, keep, begun = int(time.time()), None, None
+        if resumable is not None:
+            keep, begun = await self._resume(resumable, request, Origin.of(request_id, created, sampling))
+            request_id, created = keep.origin.request_id, keep.origin.created
+            sampling = keep.origin.applied_to(sampling)
         answer = make_answer(
             request,
             request_id=request_id,
-            created=int(time.time()),
+            created=created,
             model=name,
             prompts=prompts,
             token_texts=self.token_texts,
             system_fingerprint=",".join(state.fingerprints) or None,
+            resume_id=None if keep is None else keep.resume_id,
         )
         streams = []
         texts: dict[tuple[int, int], TextStream] = {}
@@ -148,10 +170,21 @@ class Service:
                     block_size=state.block_size,
                     prefix_hashes=prefix_hashes(prompt.token_ids, state.block_size, request.cache_salt),
                     failover=self.failover,
+                    keep=None if keep is None else keep._replace(prompt_index=i),
+                    begun=None if begun is None else begun[i],
                 )
             )
             for choice_index in range(request.n):
                 texts[i, choice_index] = request.text_stream(self.model.tokenizer, params, prompt)
+        if isinstance(answer, ResumableAnswer) and resumable is not None and resumable.event_id is not None:
+            for i, place in enumerate(begun or ()):
+                answer.resume_prompt(i, place.num_cached_tokens)
+                for choice_index, shown in place.shown.items():
+                    token_ids = place.emitted.get(choice_index, ())
+                    answer.resume(i, choice_index, shown, token_ids)
+                    if not shown.has_ended:
+                        await self._read_on(texts[i, choice_index], token_ids, shown)
+            answer.is_over = resumable.event_id.is_over
         return Generation(self, answer, streams, texts)
 
     async def tokenize(self, request: TokenizeRequest) -> bytes:
@@ -246,6 +279,40 @@ class Service:
         seed = self._seeds.getrandbits(64) if sampling.seed is None else sampling.seed
         sampling = dataclasses.replace(sampling, max_tokens=min(max_tokens, longest - num_prompt), seed=seed)
         return sampling.resolved(self.model.tokenizer.generation_config)
+
+    async def _resume(
+        self, resumable: Resumable, request: GenerationRequest, origin: Origin
+    ) -> tuple[Keep, list[Begun] | None]:
+        """What the submits of a resumable request carry, and where each prompt stands: None at its beginning."""
+        header = RESUMABLE_HEADER if resumable.event_id is None else EVENT_ID_HEADER
+        if not request.stream:
+            raise InvalidParameterError(header, "given", "left out where stream is not true")
+        if not self.keeps_streams:
+            raise InvalidParameterError(header, "given", "left out: this server keeps no streams (resume.keep_seconds)")
+        if (num_choices := len(origin.seeds) * request.n) > MAX_CHOICES:
+            raise InvalidParameterError(
+                "n", f"{num_choices} choices in all", f"at most {MAX_CHOICES} of all prompts where {header} is given"
+            )
+        if resumable.event_id is None:
+            return resume.begin(resumable.owner, origin), None
+        return await resume.find(
+            self._channels,
+            [*self.state().replica_ids, *self._channels.replica_ids],
+            resumable,
+            num_prompts=len(origin.seeds),
+            n=request.n,
+            with_logprobs=request.num_logprobs is not None,
+            with_prompt_logprobs=request.num_prompt_logprobs is not None,
+        )
+
+    async def _read_on(self, text: TextStream, token_ids: Sequence[int], shown: ChoiceShown) -> None:
+        """Brings ``text`` to where the reader is. Raises InvalidEventIdError if the id says otherwise."""
+        delta = await self._off_loop(4 * len(token_ids), lambda: text.push(token_ids))
+        if len(delta.text) != shown.num_chars or delta.finish_reason is not None:
+            raise InvalidEventIdError(
+                f"says that {shown.num_chars} characters were shown of {shown.num_tokens} tokens; those have"
+                f" {len(delta.text)}"
+            )
 
     async def _off_loop(self, num_chars: int, make: Callable[[], T]) -> T:
         return await asyncio.to_thread(make) if num_chars > LONG_TEXT else make()

@@ -20,6 +20,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
 from serve_app.api.failover import Failover, Journey
+from serve_app.api.resume import Begun
 from serve_app.engine.config import FAST_MODE
 from serve_app.engine.request import GenerateRequest, TokenOutput
 from serve_app.errors import (
@@ -34,6 +35,7 @@ from serve_app.errors import (
 )
 from serve_app.logs import get_logger
 from serve_app.replica.channel import Channels, Outputs
+from serve_app.replica.kept import Keep
 from serve_app.routing.ledger import Lease, LeaseRequest
 
 logger = get_logger(__name__)
@@ -64,7 +66,8 @@ class GenerationStream:
     """One prompt, all its choices. Made for each request; read once.
 
     ``requests``: the choices, resolved and with a seed. ``max_output_tokens``: of each, what the lease is for.
-    ``block_size``: of the replicas, for the lease.
+    ``block_size``: of the replicas, for the lease. ``keep``: its client may resume it; each attempt's replica keeps it.
+    ``begun``: where it goes on.
     """
 
     def __init__(
@@ -76,6 +79,8 @@ class GenerationStream:
         block_size: int,
         prefix_hashes: tuple[int, ...] = (),
         failover: Failover | None = None,
+        keep: Keep | None = None,
+        begun: Begun | None = None,
     ) -> None:
         self.request_id = requests[0].request_id
         self.num_attempts = 0
@@ -92,16 +97,26 @@ class GenerationStream:
         self._failure: ReplicaLostError | None = None
         """What the engine said instead of an output."""
         self._failover = failover or Failover()
-        self._fingerprint: str | None = None
+        self._fingerprint = None if begun is None else begun.fingerprint
         """Numerics of the replica that made the first token; None before it, or not known."""
         self._emitted: dict[int, list[int]] = {request.choice_index: [] for request in requests}
+        self._keep = keep
+        self._ended: dict[int, TokenOutput] = {}
+        """Choices that have ended, each with all its tokens: for the next attempt to keep. Empty if nothing is kept."""
+        self._replay: list[TokenOutput] = []
+        """What is to be shown before anything is generated."""
+        self._goes_on = begun is not None
+        """It has tokens of an earlier stream, and none of its own."""
+        if begun is not None:
+            self._begin_with(begun)
         loop = asyncio.get_running_loop()
         remaining_ms = requests[0].remaining_ms
         self._deadline = None if remaining_ms is None else loop.time() + remaining_ms / 1000.0
 
     def end_choice(self, choice_index: int) -> None:
         """The reader wants no more of it (a stop string matched). What still comes of it is not shown."""
-        self._open.pop(choice_index, None)
+        if self._open.pop(choice_index, None) is not None:
+            self._has_ended(choice_index, None)
         if self._outputs is not None:
             self._outputs.abort(choice_index)
 
@@ -114,18 +129,21 @@ class GenerationStream:
         journey = Journey(self._failover, len(self._open))
         avoid: frozenset[str] = frozenset()
         num_hindered = 0
+        if self._replay and (taken := self._take(self._replay)) is not None:
+            yield taken
         while self._open:
             try:
                 await journey.begin_attempt()
                 lease = await self._lease(avoid, journey)
                 attempt = self._attempt(lease)
                 try:
-                    self._outputs = outputs = attempt.start()
+                    self._outputs = outputs = attempt.start(self._kept(lease))
                     while self._open and (batch := await outputs.next()):
                         if (taken := self._take(batch)) is not None:
                             if self._fingerprint is None:
                                 self._fingerprint = lease.fingerprint
-                            if journey.is_moving:
+                            if journey.is_moving or self._goes_on:
+                                self._goes_on = False
                                 num_hindered = 0
                                 self._check_numerics(lease)
                                 journey.progress(self._num_emitted)
@@ -231,6 +249,22 @@ class GenerationStream:
             for choice_index, request in self._open.items()
         ]
 
+    def _begin_with(self, begun: Begun) -> None:
+        self._replay = begun.replay
+        self._ended = {output.choice_index: output for output in begun.ended}
+        for choice_index, token_ids in begun.emitted.items():
+            self._emitted[choice_index] += token_ids
+        for choice_index, shown in begun.shown.items():
+            if shown.has_ended:
+                del self._open[choice_index]
+
+    def _kept(self, lease: Lease) -> Keep | None:
+        """What the next attempt's replica keeps beside the tokens that are submitted to it."""
+        if self._keep is None:
+            return None
+        fingerprint = self._fingerprint or lease.fingerprint
+        return self._keep._replace(ended=tuple(self._ended.values()), fingerprint=fingerprint)
+
     def _remaining_ms(self) -> float | None:
         if self._deadline is None:
             return None
@@ -253,8 +287,17 @@ class GenerationStream:
             self._emitted[output.choice_index] += output.token_ids
             if output.finish_reason is not None:
                 del self._open[output.choice_index]
+                self._has_ended(output.choice_index, output)
             shown.append(output)
         return shown or None
+
+    def _has_ended(self, choice_index: int, last: TokenOutput | None) -> None:
+        """``last``: its last output; None: a stop string ended it."""
+        if self._keep is not None:
+            output = TokenOutput("", choice_index, tuple(self._emitted[choice_index]))
+            if last is not None:
+                output = output._replace(finish_reason=last.finish_reason, stop_token_id=last.stop_token_id)
+            self._ended[choice_index] = output
 
 
 class _Hindered(Exception):
@@ -282,8 +325,8 @@ class _Attempt:
         self._deadline = deadline
         self._timer: asyncio.TimerHandle | None = None
 
-    def start(self) -> Outputs:
-        self._outputs = self._channels.start(self._lease.replica_id, self._requests, self._num_blocks)
+    def start(self, keep: Keep | None) -> Outputs:
+        self._outputs = self._channels.start(self._lease.replica_id, self._requests, self._num_blocks, keep)
         if self._deadline is not None:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_at(self._deadline + LATE_SECONDS, self._outputs.expire, _late())

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Iterable
 from typing import Any, NamedTuple, Protocol
 
 from serve_app.engine.request import GenerateRequest, TokenOutput
@@ -25,6 +25,7 @@ from serve_app.errors import (
     SlowReaderError,
 )
 from serve_app.logs import get_logger
+from serve_app.replica.kept import Keep
 from serve_app.replica.messages import ChannelOptions, Message, decode
 
 logger = get_logger(__name__)
@@ -174,8 +175,10 @@ class Channels:
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_closed = False
 
-    def start(self, replica_id: str, requests: list[GenerateRequest], num_blocks: int) -> Outputs:
-        """Submits the choices of one request without waiting: see `Outputs.accepted`.
+    def start(
+        self, replica_id: str, requests: list[GenerateRequest], num_blocks: int, keep: Keep | None = None
+    ) -> Outputs:
+        """Submits the choices of one request without waiting: see `Outputs.accepted`. ``keep``: its client may resume it.
 
         A caller that is cancelled keeps the Outputs, to abort it and to wait for its end before the lease is settled.
         """
@@ -184,7 +187,7 @@ class Channels:
         channel = self._channels.get(replica_id)
         if channel is None:
             channel = self._channels[replica_id] = _Channel(self, self._transport, replica_id)
-        return channel.start(requests, num_blocks)
+        return channel.start(requests, num_blocks, keep)
 
     async def submit(self, replica_id: str, requests: list[GenerateRequest], num_blocks: int) -> Outputs:
         """`start`, then `Outputs.accepted`. A caller that is cancelled meanwhile aborts the request."""
@@ -202,6 +205,22 @@ class Channels:
         for outputs in running:
             outputs.expire(error)
         return len(running)
+
+    async def call_each(self, replica_ids: Iterable[str], method: str, *args: Any) -> dict[str, Any]:
+        """Calls all of them at once. Replica -> the result, or the exception: also ReplicaUnreachableError in time."""
+
+        async def call(replica_id: str) -> Any:
+            try:
+                return await asyncio.wait_for(
+                    self._transport.call(replica_id, method, *args), self.options.call_seconds
+                )
+            except TimeoutError:
+                return ReplicaUnreachableError(f"no answer to {method} for {self.options.call_seconds:g} s")
+            except Exception as error:  # for the caller to judge
+                return error
+
+        asked = list(dict.fromkeys(replica_ids))
+        return dict(zip(asked, await asyncio.gather(*map(call, asked)), strict=True))
 
     @property
     def replica_ids(self) -> list[str]:
@@ -227,8 +246,8 @@ class Channels:
         return task
 
 
-_Submit = tuple[Outputs, tuple[int, list[GenerateRequest], int]]
-"""Where its outputs go, and what ChannelHub.submit is told: first key, choices, blocks."""
+_Submit = tuple[Outputs, tuple[int, list[GenerateRequest], int, Keep | None]]
+"""Where its outputs go, and what ChannelHub.submit is told: first key, choices, blocks, what to keep."""
 
 
 class _Choice(NamedTuple):
@@ -272,14 +291,14 @@ class _Channel:
 
     # ---- what the requests do ------------------------------------------------------------------------------------
 
-    def start(self, requests: list[GenerateRequest], num_blocks: int) -> Outputs:
+    def start(self, requests: list[GenerateRequest], num_blocks: int, keep: Keep | None) -> Outputs:
         first_key = self._num_keys
         self._num_keys += len(requests)
         outputs = Outputs(self, first_key, requests)
         # Before the call: a message may arrive before its reply.
         for i, request in enumerate(requests):
             self._choices[first_key + i] = _Choice(outputs, request.choice_index)
-        self._unsent.append((outputs, (first_key, requests, num_blocks)))
+        self._unsent.append((outputs, (first_key, requests, num_blocks, keep)))
         if self._num_submit_calls < MAX_SUBMIT_CALLS:
             self._num_submit_calls += 1
             self._spawn(self._submit())
@@ -298,7 +317,7 @@ class _Channel:
                 await self._submit_all(channel_id, sent)
         except ReplicaLostError as error:
             unsent, self._unsent = self._unsent, []
-            for outputs, (first_key, requests, _) in unsent:
+            for outputs, (first_key, requests, *_) in unsent:
                 self._refused(outputs, range(first_key, first_key + len(requests)), error)
         finally:
             self._num_submit_calls -= 1
@@ -309,7 +328,7 @@ class _Channel:
             answers = await self._call_twice("submit_all", channel_id, [submit for _, submit in sent])
         except Exception as error:
             answers = [error] * len(sent)
-        for (outputs, (first_key, requests, _)), answer in zip(sent, answers, strict=True):
+        for (outputs, (first_key, requests, *_)), answer in zip(sent, answers, strict=True):
             if answer is None:
                 outputs._accept()
             else:

@@ -32,8 +32,10 @@ from serve_app.errors import (
     InvalidParameterError,
     RaggedServeError,
     ReplicaDrainedError,
+    StreamResumedError,
 )
 from serve_app.logs import get_logger
+from serve_app.replica.kept import Keep, KeptPrompt, KeptRequests, Record
 from serve_app.replica.messages import HEARTBEAT, ChannelOptions, Message, Outbox
 
 logger = get_logger(__name__)
@@ -85,6 +87,11 @@ class _Submission:
         """A later attempt has aborted it; under its id there may already run that one."""
         self.error: RaggedServeError | None = None
         """Why it was aborted, where that was not the ingress's wish."""
+        self.keep: Keep | None = None
+        """Of one that its client may resume."""
+        self.record: Record | None = None
+        self.ended: asyncio.Future[None] | None = None
+        """Where somebody waits for its end."""
 
 
 class _Channel:
@@ -125,7 +132,9 @@ class ChannelHub:
         table: LeaseBook,
         loop: asyncio.AbstractEventLoop,
         options: ChannelOptions | None = None,
+        kept: KeptRequests | None = None,
     ) -> None:
+        self.kept = KeptRequests() if kept is None else kept
         self.is_draining = False
         self.is_over = False
         """The time of the drain is over."""
@@ -161,23 +170,33 @@ class ChannelHub:
         if (channel := self._channels.get(channel_id)) is not None:
             self._drop(channel)
 
-    async def submit(self, channel_id: int, first_key: int, requests: list[GenerateRequest], num_blocks: int) -> None:
+    async def submit(
+        self,
+        channel_id: int,
+        first_key: int,
+        requests: list[GenerateRequest],
+        num_blocks: int,
+        keep: Keep | None = None,
+    ) -> None:
         """Returns when the engine has accepted the choices of one request, whose keys count up from ``first_key``.
 
         The same submit may come again: it joins the first, or returns if that one has ended. A request id that runs as
-        an earlier attempt is aborted first. Raises ChannelLostError, LeaseRefusedError (of the table), and what
-        AsyncEngine.submit raises.
+        an earlier attempt is aborted first. ``keep``: its client may resume it. Raises ChannelLostError, LeaseRefusedError
+        (of the table), StreamResumedError, and what AsyncEngine.submit raises.
         """
         channel = self._heard(channel_id)
         if first_key in channel.ended:
             return
-        submission = channel.submissions.get(first_key) or self._start(channel, first_key, requests, num_blocks)
+        submission = channel.submissions.get(first_key) or self._start(channel, first_key, requests, num_blocks, keep)
         await asyncio.shield(submission.accepted)
 
     async def submit_all(
-        self, channel_id: int, submits: list[tuple[int, list[GenerateRequest], int]]
+        self, channel_id: int, submits: list[tuple[int, list[GenerateRequest], int, Keep | None]]
     ) -> list[RaggedServeError | None]:
-        """`submit` for each (first_key, requests, num_blocks): None, or why it was refused. Raises ChannelLostError."""
+        """`submit` for each (first_key, requests, num_blocks, keep): None, or why it was refused.
+
+        Raises ChannelLostError.
+        """
         self._heard(channel_id)
         results = await asyncio.gather(*(self.submit(channel_id, *one) for one in submits), return_exceptions=True)
         answers: list[RaggedServeError | None] = []
@@ -239,6 +258,27 @@ class ChannelHub:
                 channel.waiter = loop.create_future()
                 await channel.waiter
 
+    async def fetch_kept(self, resume_id: bytes, owner: bytes, ticket: int) -> list[KeptPrompt]:
+        """What is kept here of a request that its client resumes; [] if nothing is. See KeptRequests.
+
+        What runs of it for an earlier reader is ended first, and that one is told. Raises UnknownStreamError,
+        StreamResumedError. The same call may come again.
+        """
+        self.kept.fence(resume_id, owner, ticket, self._loop.time())
+        live = {s for s, _ in itertools.chain(self._choices.values(), *self._behind.values())}
+        running = [s for s in live if s.keep is not None and s.keep.resume_id == resume_id and s.keep.ticket < ticket]
+        for submission in running:
+            submission.error = StreamResumedError(
+                "the client of this stream goes on reading it over another connection"
+            )
+            submission.ended = submission.ended or self._loop.create_future()
+            if not submission.is_superseded:
+                self._engine.abort(submission.request_id)
+        for submission in running:
+            assert submission.ended is not None
+            await asyncio.shield(submission.ended)
+        return self.kept.fetch(resume_id, self._loop.time())
+
     # ---- bookings ------------------------------------------------------------------------------------------------
 
     def grow_leases(self, block_size: int) -> None:
@@ -297,12 +337,19 @@ class ChannelHub:
     # ---- submits -------------------------------------------------------------------------------------------------
 
     def _start(
-        self, channel: _Channel, first_key: int, requests: list[GenerateRequest], num_blocks: int
+        self,
+        channel: _Channel,
+        first_key: int,
+        requests: list[GenerateRequest],
+        num_blocks: int,
+        keep: Keep | None,
     ) -> _Submission:
         if self.is_over:
             raise ReplicaDrainedError("the replica leaves and takes nothing any more")
         if not requests or requests[0].lease_id is None:
             raise InvalidParameterError("lease_id", None, "the id of the lease that the request was granted")
+        if keep is not None:
+            self.kept.check(keep)
         submission = _Submission(channel, first_key, requests, self._loop.create_future())
         self._table.open(submission.lease_id, channel.ingress_id, num_blocks, self._loop.time(), len(requests))
         earlier = self._latest.get(submission.request_id)
@@ -315,6 +362,9 @@ class ChannelHub:
         except BaseException:
             self._table.end(submission.lease_id)
             raise
+        if keep is not None:
+            submission.keep = keep
+            submission.record = self.kept.begin(keep, requests, self._loop.time())
         if is_latest:
             self._latest[submission.request_id] = submission
         self._num_live += 1
@@ -366,6 +416,10 @@ class ChannelHub:
         _remember(submission.channel.ended, submission.first_key)
         if self._latest.get(submission.request_id) is submission:
             del self._latest[submission.request_id]
+        if submission.record is not None:
+            self.kept.end(submission.record, self._loop.time())
+        if submission.ended is not None:
+            submission.ended.set_result(None)
 
     # ---- outputs -------------------------------------------------------------------------------------------------
 
@@ -389,6 +443,8 @@ class ChannelHub:
             submission, key = found
             submission.num_output_tokens[key] += len(output[2])
             channel = submission.channel
+            if submission.record is not None:
+                self.kept.add(submission.record, output)
             if output[5] is not None:
                 output = self._end_choice(submission, key, output)
             if not channel.is_gone:
@@ -449,6 +505,7 @@ class ChannelHub:
 
     def _tick(self) -> None:
         now = self._loop.time()
+        self.kept.expire(now)
         assert self._tick_due is not None
         late = now - self._tick_due
         """While this loop stood still nobody could be heard."""

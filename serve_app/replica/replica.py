@@ -24,6 +24,7 @@ from serve_app.engine.async_engine import AsyncEngine
 from serve_app.engine.request import GenerateRequest
 from serve_app.errors import RaggedServeError
 from serve_app.replica.autoscaling import COMMITTED, POOL, QUEUED
+from serve_app.replica.kept import Keep, KeptPrompt, KeptRequests
 from serve_app.replica.lease_table import LeaseTable
 from serve_app.replica.load import load_engine
 from serve_app.replica.messages import Message
@@ -52,7 +53,9 @@ class Replica:
         self.engine.start()
         loop = asyncio.get_running_loop()
         self.table = LeaseTable(engine.runner.num_kv_blocks)
-        self.hub = ChannelHub(self.engine, self.table, loop)
+        resume = parsed.resume
+        kept = KeptRequests(resume.keep_seconds, resume.max_requests, resume.max_tokens)
+        self.hub = ChannelHub(self.engine, self.table, loop, kept=kept)
         fingerprint: str = getattr(engine.runner, "fingerprint", "simulated")
         router = RayRouter(context.app_name, parsed.model.key)
         departure.is_leaving()  # raises here, and not in the middle of a drain
@@ -83,9 +86,12 @@ class Replica:
         self.hub.close_channel(channel_id)
 
     async def submit_all(
-        self, channel_id: int, submits: list[tuple[int, list[GenerateRequest], int]]
+        self, channel_id: int, submits: list[tuple[int, list[GenerateRequest], int, Keep | None]]
     ) -> list[RaggedServeError | None]:
         return await self.hub.submit_all(channel_id, submits)
+
+    async def fetch_kept(self, resume_id: bytes, owner: bytes, ticket: int) -> list[KeptPrompt]:
+        return await self.hub.fetch_kept(resume_id, owner, ticket)
 
     async def ack(self, channel_id: int, number: int, aborts: list[int]) -> None:
         self.hub.ack(channel_id, number, aborts)

@@ -26,6 +26,7 @@ from serve_app.engine.async_engine import AsyncEngine
 from serve_app.engine.engine import Engine
 from serve_app.metrics import render
 from serve_app.replica.channel import Channels
+from serve_app.replica.kept import KeptRequests
 from serve_app.replica.lease_table import LeaseTable
 from serve_app.replica.load import load_engine
 from serve_app.replica.output_hub import ChannelHub
@@ -45,7 +46,9 @@ class Replica:
         self.engine = AsyncEngine(engine)
         self.engine.start()
         self.table = LeaseTable(engine.runner.num_kv_blocks)
-        self.hub = ChannelHub(self.engine, self.table, asyncio.get_running_loop())
+        resume = house.args.resume
+        kept = KeptRequests(resume.keep_seconds, resume.max_requests, resume.max_tokens)
+        self.hub = ChannelHub(self.engine, self.table, asyncio.get_running_loop(), kept=kept)
         self.is_leaving = False
         """What Ray Serve tells the real one."""
         reporter = Reporter(
@@ -160,6 +163,7 @@ class House:
         client = RouterClient(self, name, lambda: list(self.transport.hubs), away_seconds=0.2, seed=0)
         channels = Channels(self.transport, name)
         service = Service(self.model, client, channels, lambda: client.state, seeds=random.Random(0))
+        service.keeps_streams = self.args.resume.keep_seconds > 0
         client.start()
         return client, channels, service
 

@@ -128,7 +128,7 @@ class Scripted:
     def replica_lost(self, replica_id: str) -> None:
         self.lost.append(replica_id)
 
-    def start(self, replica_id: str, requests: list[GenerateRequest], num_blocks: int) -> ScriptedOutputs:
+    def start(self, replica_id: str, requests: list[GenerateRequest], num_blocks: int, keep: object) -> ScriptedOutputs:
         self.submitted.append(requests)
         return ScriptedOutputs(self.scripts.pop(0))
 
