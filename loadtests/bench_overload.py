@@ -331,10 +331,11 @@ def svg(systems: dict[str, Sequence[Json]], note: str) -> str:
         return left + 20 + (width - 40) * (math.log(load) - low) / (high - low)
 
     def y(share: float) -> float:
-        return top + height * (1 - share / 1.1)
+        return top + height * (1 - share / 1.2)
 
     def text(at_x: float, at_y: float, words: str, style: str = "") -> str:
-        return f'<text x="{at_x:.1f}" y="{at_y:.1f}" class="{style}">{escape(words)}</text>'
+        classes = f' class="{style}"' if style else ""
+        return f'<text x="{at_x:.1f}" y="{at_y:.1f}"{classes}>{escape(words)}</text>'
 
     body = [text(20, 28, "Answers within their deadline, of what the replicas can do", "title")]
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
