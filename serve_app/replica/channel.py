@@ -497,9 +497,8 @@ class _Channel:
     async def _call(self, method: str, *args: Any) -> Any:
         """One call. Raises ReplicaUnreachableError after call_seconds."""
         try:
-            return await asyncio.wait_for(
-                self._transport.call(self.replica_id, method, *args), self._options.call_seconds
-            )
+            async with asyncio.timeout(self._options.call_seconds):
+                return await self._transport.call(self.replica_id, method, *args)
         except TimeoutError as error:
             raise ReplicaUnreachableError(f"no answer to {method} for {self._options.call_seconds:g} s") from error
         except asyncio.CancelledError:

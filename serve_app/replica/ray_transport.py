@@ -85,7 +85,8 @@ class RayTransport:
         if not isinstance(error, ReplicaUnreachableError):
             return error
         try:
-            await asyncio.wait_for(self._options(replica_id, PROBE, False, over_grpc=False).remote(), PROBE_SECONDS)
+            async with asyncio.timeout(PROBE_SECONDS):
+                await self._options(replica_id, PROBE, False, over_grpc=False).remote()
         except Exception as found:
             if isinstance(found := _translated(found, replica_id, PROBE), ReplicaLostError):
                 return found

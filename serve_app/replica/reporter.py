@@ -63,13 +63,13 @@ class Reporter:
         while True:
             self._due.clear()
             try:
-                self.num_queued_tokens = await asyncio.wait_for(
-                    self._router.call("report", self._report()), REPORT_CALL_SECONDS
-                )
+                async with asyncio.timeout(REPORT_CALL_SECONDS):
+                    self.num_queued_tokens = await self._router.call("report", self._report())
             except (RouterUnavailableError, TimeoutError) as error:
                 logger.info("the router did not take a report: %s %s", type(error).__name__, error)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._due.wait(), self._report_seconds)
+                async with asyncio.timeout(self._report_seconds):
+                    await self._due.wait()
 
     async def _drain(self) -> None:
         """From the word to leave to the end of the time that it leaves."""

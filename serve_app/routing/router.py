@@ -92,7 +92,8 @@ class Router:
         while not self._mailboxes.get(holder_id):
             self._arrived.clear()
             try:
-                await asyncio.wait_for(self._arrived.wait(), deadline - self._clock())
+                async with asyncio.timeout(deadline - self._clock()):
+                    await self._arrived.wait()
             except TimeoutError:
                 break
         return self._mailboxes.pop(holder_id, [])

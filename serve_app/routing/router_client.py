@@ -317,7 +317,8 @@ class RouterClient:
     async def _tell_forever(self) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._has_news.wait(), RENEW_SECONDS)
+                async with asyncio.timeout(RENEW_SECONDS):
+                    await self._has_news.wait()
             try:
                 await self._tell()
             except RouterUnavailableError:
@@ -349,7 +350,9 @@ class RouterClient:
 
     async def _call(self, seconds: float, method: str, *args: Any) -> Any:
         try:
-            result = await asyncio.wait_for(self._seam.call(method, *args), seconds)
+            # Not wait_for: in Python 3.11 a cancel that comes just after the answer is lost in it.
+            async with asyncio.timeout(seconds):
+                result = await self._seam.call(method, *args)
         except TimeoutError as error:
             self._has_failed(method, f"no answer in {seconds:g} s")
             raise RouterUnavailableError(f"{method}: no answer in {seconds:g} s") from error
