@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections import Counter
@@ -51,6 +52,28 @@ def test_a_replica_is_killed(service: Service) -> None:
     for stream in [service.stream(number, 20) for number in range(NUM_STREAMS)]:
         stream.check()
     assert all(said["num_steps"] > steps[replica_id] for replica_id, said in service.describe().items())
+
+
+def test_a_replica_hangs_and_goes_on(service: Service) -> None:
+    """Stopped, it looks alive to everybody but those who listen. Its streams move; what it says later is nobody's."""
+    described = service.describe()
+    streams = open_streams(service)
+    held = {replica_id: len(said["leases"]) for replica_id, said in service.describe().items()}
+    victim = max(held, key=lambda replica_id: held[replica_id])
+    assert held[victim] >= 2
+    pid = described[victim]["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        for stream in streams:
+            stream.check()
+        ask(service, 100)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # Ray Serve may have ended it: it does not answer
+            os.kill(pid, signal.SIGCONT)
+    service.check_whole()
+    service.check_rest()
+    for stream in [service.stream(number, 20) for number in range(NUM_STREAMS)]:
+        stream.check()
 
 
 def test_the_router_is_killed(service: Service) -> None:
