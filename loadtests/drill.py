@@ -87,52 +87,55 @@ def drill_config() -> Json:
 # -------------------------------------------------------------------------------------------------------- undisturbed
 
 
-def offline_answers(items: list[Item]) -> tuple[dict[int, list[tuple[list[int], str | None]]], str]:
-    """(token ids, finish reason) of each choice, by an engine in this process: all requests at once. Then its numerics
-    fingerprint: bytes are promised only where that is equal.
+NUM_DEFAULT_TOKENS = 256
+"""Every item of the mix says max_tokens."""
 
-    Chooses the stop strings of the items that get one, from what they say without.
-    """
-    from serve_app.api.protocol import ChatCompletionRequest, CompletionRequest
-    from serve_app.llm import LLM
-    from serve_app.text.chat_template import ChatTemplate
 
-    llm = LLM(MODEL, **ENGINE)
-    tokenizer = llm.tokenizer
-    assert tokenizer is not None
-    source = tokenizer.chat_templates
-    template = ChatTemplate(source, tokenizer.special_tokens) if source else None
+class Offline:
+    """An engine in this process, which runs all requests in one batch. ``fingerprint``: of its numerics; bytes are promised
+    only where that is equal."""
 
-    def run(some: list[Item]) -> dict[int, list[Any]]:
+    def __init__(self) -> None:
+        from serve_app.llm import LLM
+        from serve_app.text.chat_template import ChatTemplate
+
+        self._llm = LLM(MODEL, **ENGINE)
+        assert self._llm.tokenizer is not None
+        self._tokenizer = self._llm.tokenizer
+        self._template = ChatTemplate(self._tokenizer.chat_templates, self._tokenizer.special_tokens)
+        self.fingerprint: str = self._llm.runner.fingerprint
+
+    def choose_stop_strings(self, items: list[Item]) -> None:
+        """For the items that get one, from what they say without."""
+        items = [item for item in items if item.kind.stops]
+        answers = self._run(items)
+        for item in items:
+            first = answers[item.number][0]
+            texts = [self._tokenizer.decode([token], skip_special_tokens=True) for token in first.token_ids]
+            item.body["stop"] = [stop_string(first.text, texts), "never said: \u00e9"]
+
+    def answers(self, items: list[Item]) -> dict[int, list[tuple[list[int], str | None]]]:
+        """(token ids, finish reason) of each choice, by the number of the item."""
+        return {
+            number: [(list(choice.token_ids), choice.finish_reason) for choice in choices]
+            for number, choices in self._run(items).items()
+        }
+
+    def _run(self, items: list[Item]) -> dict[int, list[Any]]:
+        from serve_app.api.protocol import ChatCompletionRequest, CompletionRequest
+
         prompts, sampling, owners = [], [], []
-        for item in some:
+        for item in items:
             kind = ChatCompletionRequest if item.kind.path == CHAT else CompletionRequest
             request = kind.parse(json.dumps(item.body).encode())
-            for prompt in request.prompts(tokenizer, template):
+            for prompt in request.prompts(self._tokenizer, self._template):
                 prompts.append(list(prompt.token_ids))
                 sampling.append(request.sampling_params(NUM_DEFAULT_TOKENS))
                 owners += [item.number] * request.n
         found: dict[int, list[Any]] = {}
-        for owner, completion in zip(owners, llm.generate(prompts, sampling, use_tqdm=False), strict=True):
+        for owner, completion in zip(owners, self._llm.generate(prompts, sampling, use_tqdm=False), strict=True):
             found.setdefault(owner, []).append(completion)
         return found
-
-    unstopped = run([item for item in items if item.kind.stops])
-    for item in items:
-        if item.kind.stops:
-            first = unstopped[item.number][0]
-            texts = [tokenizer.decode([token], skip_special_tokens=True) for token in first.token_ids]
-            item.body["stop"] = [stop_string(first.text, texts), "never said: \u00e9"]
-    answers = run(items)
-    shown = {
-        number: [(list(choice.token_ids), choice.finish_reason) for choice in choices]
-        for number, choices in answers.items()
-    }
-    return shown, llm.runner.fingerprint
-
-
-NUM_DEFAULT_TOKENS = 256
-"""Every item of the mix says max_tokens."""
 
 
 def undisturbed(service: Service, items: list[Item]) -> dict[int, AnswerRead]:
@@ -168,6 +171,8 @@ class StreamRun:
     item: Item
     answer: AnswerRead = field(default_factory=AnswerRead)
     hits: list[Hit] = field(default_factory=list)
+    num_refusals: int = 0
+    """Times that it was sent and answered with 429."""
     num_differing: int | None = None
     """Bytes; None: it was lost."""
 
@@ -216,7 +221,8 @@ class Load:
             self.live[run.request_id] = run
             try:
                 async with asyncio.timeout(STREAM_SECONDS):
-                    await self._stream(run)
+                    while not run.answer.has_ended:
+                        await self._stream(run)
             except (OSError, EOFError, ValueError) as error:
                 run.answer.error = f"{type(error).__name__}: {error}"
             finally:
@@ -232,7 +238,11 @@ class Load:
             fields["cache_salt"] = run.request_id
         async with Wire(self._host, self._port) as wire:
             await wire.send("POST", run.item.kind.path, HEADERS, json.dumps(run.item.sent(**fields)).encode())
-            if (status := await wire.status()) != 200:
+            if (status := await wire.status()) == 429:  # not accepted: nothing is promised yet
+                run.num_refusals += 1
+                await asyncio.sleep(0.5)
+                return
+            if status != 200:
                 run.answer.error = f"status {status}: {(await wire.body())[:500]!r}"
                 return
             async for data in wire.events():
@@ -383,6 +393,7 @@ def verdict(runs: list[StreamRun], killer: Killer, num_kills: int) -> tuple[list
         ("streams", f"{len(runs)}"),
         ("of so many kinds", f"{len({run.item.kind.name for run in runs})}"),
         ("tokens", f"{sum(run.answer.num_tokens for run in runs)}"),
+        ("refused with 429 and sent again", f"{sum(run.num_refusals for run in runs)}"),
         ("replicas killed", f"{killer.num_kills}"),
         ("of these, the only one that was up", f"{killer.num_alone}"),
         ("replicas stopped and woken", f"{killer.num_hung}"),
@@ -453,7 +464,10 @@ def drill(arguments: argparse.Namespace) -> int:
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
     say(f"{len(items)} requests of {len({item.kind.name for item in items})} kinds, offline, in one batch")
-    alone, fingerprint = offline_answers(items)
+    offline = Offline()
+    offline.choose_stop_strings(items)
+    alone, fingerprint = offline.answers(items), offline.fingerprint
+    del offline
     say("starting the cluster")
     with tempfile.TemporaryDirectory() as directory, cluster(Path(directory), drill_config()) as service:
         say(f"{service.url} is ready; each request by itself")
@@ -480,13 +494,13 @@ def drill(arguments: argparse.Namespace) -> int:
                     killer.kill_replica(alone=step == "alone", in_prefill=step == "in prefill")
                 bad = [run for run in load.ended if run.num_differing != 0]
                 say(f"  {len(load.ended)} streams have ended, {len(bad)} of them wrong; {len(load.live)} run")
-        finally:
             load.finish()
-        say("the last streams have ended; waiting for rest")
-        service.check_whole()
-        service.check_rest()
+            say("the last streams have ended; waiting for rest")
+            service.check_whole()
+            service.check_rest()
+        finally:
+            (arguments.log or Path(directory) / "server.txt").write_text(service.output)
         table, wrong = verdict(load.ended, killer, num_kills)
-        (arguments.log or Path(directory) / "server.txt").write_text(service.output)
     print()
     for name, value in table:
         print(f"{name:48}{value:>16}")
