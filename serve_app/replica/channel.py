@@ -211,9 +211,8 @@ class Channels:
 
         async def call(replica_id: str) -> Any:
             try:
-                return await asyncio.wait_for(
-                    self._transport.call(replica_id, method, *args), self.options.call_seconds
-                )
+                async with asyncio.timeout(self.options.call_seconds):
+                    return await self._transport.call(replica_id, method, *args)
             except TimeoutError:
                 return ReplicaUnreachableError(f"no answer to {method} for {self.options.call_seconds:g} s")
             except Exception as error:  # for the caller to judge
