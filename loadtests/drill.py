@@ -293,6 +293,12 @@ class Killer:
         found: list[tuple[str, int, int, int, int]] = said["sequences"]
         return found
 
+    def wait_for_two(self) -> None:
+        """Until a replica can be killed that is not the only one."""
+        deadline = time.monotonic() + PATIENCE
+        while len(self.up()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
+
     def kill_replica(self, *, alone: bool = False, in_prefill: bool = False) -> None:
         """A random one, with streams on it. ``alone``: waits until it is the only one that is up. ``in_prefill``: until
         it computes a prompt."""
@@ -368,7 +374,7 @@ def _spell(hits: Counter[str]) -> str:
 
 def steps(num_kills: int, num_router_kills: int, num_hung: int) -> list[str]:
     """What happens, in order. Every fourth kill is of the only replica that is up, right after another; every fifth
-    waits until its victim computes a prompt. All other moments are random."""
+    waits until its victim computes a prompt. All other moments are random, once two replicas are up."""
     kills = ["alone" if i % 4 == 3 else "in prefill" if i % 5 == 1 else "kill" for i in range(num_kills)]
     others = ["router"] * num_router_kills + ["hang"] * num_hung
     for i, other in enumerate(others):
@@ -485,7 +491,11 @@ def drill(arguments: argparse.Namespace) -> int:
         killer = Killer(service, load, rng, say)
         try:
             for step in steps(num_kills, num_router_kills, num_hung):
-                time.sleep(rng.uniform(0.2, 1.5) if step == "alone" else rng.uniform(1.5, 5.0))
+                if step == "alone":  # right after another
+                    time.sleep(rng.uniform(0.2, 1.5))
+                else:
+                    killer.wait_for_two()
+                    time.sleep(rng.uniform(0.5, 4.0))
                 if step == "router":
                     killer.kill_router()
                 elif step == "hang":
