@@ -1,7 +1,8 @@
-"""KeptRequests: what is kept, for whom, for how long, and never more than the bounds."""
+"""KeptRequests: what is kept, for whom, for how long, and never more than the bounds. Then the same in a replica's hub."""
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import random
 
@@ -9,7 +10,10 @@ import pytest
 
 from serve_app.engine.request import FinishReason, GenerateRequest, SamplingParams, TokenLogprobs, TokenOutput
 from serve_app.errors import StreamResumedError, UnknownStreamError
+from serve_app.replica.channel import Outputs
 from serve_app.replica.kept import FENCE_SECONDS, Keep, KeptRequests, Origin, Record
+from tests.engine.harness import expected_tokens
+from tests.replica.channel_harness import MAX_MODEL_LEN, Service, leased, read_on, run_virtual, simple_request
 
 ME, OTHER = b"me", b"other"
 
@@ -175,7 +179,7 @@ def test_the_books_add_up_whatever_comes() -> None:
     """Random calls against small bounds; what is kept at the end is what a plain model of it has."""
     random_ = random.Random(0)
     num_dropped = num_found = 0
-    for _ in range(200):
+    for _ in range(60):
         kept = KeptRequests(keep_seconds=20.0, max_entries=6, max_tokens=120)
         running: list[tuple[str, int, Record]] = []
         told: dict[tuple[str, int], list[int]] = {}
@@ -204,5 +208,74 @@ def test_the_books_add_up_whatever_comes() -> None:
             kept.expire(now)
             kept.check_invariants(now)
             num_dropped += sum(record.entry is None for _, _, record in running)
-    assert num_dropped > 100
-    assert num_found > 1000
+    assert num_dropped > 30
+    assert num_found > 300
+
+
+# ---- in a hub ----------------------------------------------------------------------------------------------------
+
+
+async def some_of(outputs: Outputs) -> list[TokenOutput]:
+    """The first few tokens of a request that has many more."""
+    found: list[TokenOutput] = []
+    while sum(len(o.token_ids) for o in found) < 3:
+        found += await outputs.next()
+    return found
+
+
+@pytest.mark.parametrize("how", ["goodbye", "silence", "hang-up"])
+def test_an_ingress_that_goes_leaves_what_it_had(how: str) -> None:
+    async def test() -> None:
+        async with Service(seconds_per_step=0.2) as service:
+            requests = simple_request("a", max_tokens=150)
+            outputs = service.ingress().start("replica0", requests, 40, keep("a"))
+            seen = await some_of(outputs)
+            (hub,), (ingress,) = service.hubs, service.ingresses
+            if how == "goodbye":
+                await ingress.close()
+            elif how == "silence":
+                service.transport.hold = lambda replica_id, method: method in ("ack", "outputs", "close_channel")
+                service.transport.break_streams("replica0", RuntimeError("planted"))
+            else:
+                outputs.abort()
+            while hub.num_live:
+                await asyncio.sleep(0.1)
+            service.transport.hold = lambda replica_id, method: False
+            (found,) = await hub.fetch_kept(b"a", ME, 5)
+            (choice,) = found.choices
+            tokens = sum((o.token_ids for o in seen), ())
+            assert choice.token_ids[: len(tokens)] == tokens
+            assert (
+                choice.token_ids
+                == expected_tokens(requests[0], max_model_len=MAX_MODEL_LEN)[0][: len(choice.token_ids)]
+            )
+            assert len(tokens) <= len(choice.token_ids) < 150
+            assert choice.finish_reason is None
+            hub.kept.check_invariants(service.loop.time())
+
+    run_virtual(test)
+
+
+def test_a_fetch_ends_what_runs_and_keeps_out_what_comes_late() -> None:
+    async def test() -> None:
+        async with Service(num_replicas=2) as service:
+            requests = simple_request("a", max_tokens=150)
+            outputs = service.ingress("old").start("replica0", requests, 40, keep("a"))
+            seen = await some_of(outputs)
+            answers = await service.ingress("new").call_each(["replica1", "replica0"], "fetch_kept", b"a", ME, 5)
+            assert service.hubs[0].num_live == 0
+            assert answers["replica1"] == []
+            (found,) = answers["replica0"]
+            await read_on(outputs, seen)
+            assert seen[-1].error_code == StreamResumedError.code
+            assert sum((o.token_ids for o in seen), ()) == found.choices[0].token_ids
+            again = leased(simple_request("b", max_tokens=150), attempt=1)
+            with pytest.raises(StreamResumedError):
+                await service.ingresses[0].start("replica1", again, 40, keep("a")).accepted()
+            with pytest.raises(UnknownStreamError):
+                await service.hubs[0].fetch_kept(b"a", OTHER, 9)
+            later = leased(simple_request("b", max_tokens=5), attempt=2)
+            await read_on(service.ingresses[1].start("replica1", later, 40, keep("a", ticket=5)), [])
+            assert [k.ticket for k in await service.hubs[1].fetch_kept(b"a", ME, 6)] == [5]
+
+    run_virtual(test)
