@@ -378,7 +378,8 @@ def steps(num_kills: int, num_router_kills: int, num_hung: int) -> list[str]:
     kills = ["alone" if i % 4 == 3 else "in prefill" if i % 5 == 1 else "kill" for i in range(num_kills)]
     others = ["router"] * num_router_kills + ["hang"] * num_hung
     for i, other in enumerate(others):
-        kills.insert((i + 1) * len(kills) // (len(others) + 1), other)
+        at = (i + 1) * len(kills) // (len(others) + 1)
+        kills.insert(at + (at < len(kills) and kills[at] == "alone"), other)  # never between it and the kill before
     return kills
 
 

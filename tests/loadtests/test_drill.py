@@ -161,6 +161,9 @@ def test_the_steps_of_a_drill() -> None:
     assert counted["alone"] + counted["in prefill"] + counted["kill"] == 20
     assert counted["alone"] >= 2
     assert counted["in prefill"] >= 2
+    for made in (steps(20, 3, 2), steps(4, 1, 1)):
+        before = [made[i - 1] for i, step in enumerate(made) if step == "alone"]
+        assert set(before) <= {"kill", "in prefill"}, "two replicas are up again, and it would wait for ever"
     assert set(steps(4, 1, 1)) == {"kill", "in prefill", "alone", "router", "hang"}
 
 
