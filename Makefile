@@ -52,7 +52,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo '==> installing ragged-serve, editable, with what its tests and checks need'
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	@echo '==> compiling the CPU kernels for this machine (else the first start would)'
-	-$(BIN)/python -m serve_app.replica.load deploy/config.yaml
+	-@$(BIN)/python -c 'import yaml; from serve_app.config import ServeArgs; from serve_app.replica.load import load_engine; \
+	load_engine(ServeArgs.parse(yaml.safe_load(open("deploy/config.yaml"))["applications"][0]["args"]))'
 	@echo installed > $(STAMP)
 
 serve: $(STAMP) ## start the server of CONFIG; Ctrl-C drains and ends all of it

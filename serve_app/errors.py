@@ -29,7 +29,8 @@ RaggedServeError                  500 internal_error
 |- ReplicaLostError               503 replica_lost             it died, or it is to be treated as if it had
 |  |- ReplicaUnreachableError     503 replica_lost             no answer; it may live, and the call may have run
 |  |- ChannelLostError            503 replica_lost             the replica lives and has given this channel up
-|  `- ReplicaDrainedError         503 replica_drained          the replica leaves, and its time is over
+|  |- ReplicaDrainedError         503 replica_drained          the replica leaves, and its time is over
+|  `- IngressStoppingError        503 engine_unavailable       this ingress ends, with what is left on it
 `- StartupError                   500 startup_failed           the server must not start
    |- ConfigurationError              configuration_error      an option, or a combination, is wrong
    |- ModelNotFoundError              model_not_found          no such directory, or nothing in it
@@ -258,6 +259,13 @@ class ReplicaDrainedError(ReplicaLostError):
     """It ended what was left on it, as it was asked to: no request is to blame, and the replica is not dead."""
 
     code = "replica_drained"
+    may_be_a_death = False
+
+
+class IngressStoppingError(ReplicaLostError):
+    """The ingress itself ends: the replicas are well, and there is nowhere to go on."""
+
+    code = "engine_unavailable"
     may_be_a_death = False
 
 

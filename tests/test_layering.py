@@ -31,7 +31,14 @@ class Room:
     """Patterns of the project files it may import, if they also stand earlier in ORDER."""
 
 
-CORE_FILES = ("errors.py", "logs.py", "engine/*.py", "routing/estimates.py", "routing/ledger.py", "replica/lease_table.py")
+CORE_FILES = (
+    "errors.py",
+    "logs.py",
+    "engine/*.py",
+    "routing/estimates.py",
+    "routing/ledger.py",
+    "replica/lease_table.py",
+)
 TEXT_PACKAGES = frozenset({"numpy", "tokenizers", "jinja2", "huggingface_hub"})
 DEVICE_PACKAGES = frozenset(
     {"numpy", "torch", "triton", "numba", "llvmlite", "safetensors", "huggingface_hub", "transformers", "tqdm"}

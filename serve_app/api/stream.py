@@ -27,6 +27,7 @@ from serve_app.errors import (
     ChannelLostError,
     DeadlineExceededError,
     EngineUnavailableError,
+    IngressStoppingError,
     LeaseRefusedError,
     OverloadedError,
     ReplicaDrainedError,
@@ -150,11 +151,15 @@ class GenerationStream:
                             yield taken
                         if self._failure is not None:
                             raise self._failure
+                except ServerDrainingError:
+                    raise
                 except EngineUnavailableError as error:  # its engine takes nothing: the process is about to end
                     raise ReplicaLostError(f"replica {lease.replica_id}: {error}") from error
                 finally:
                     self._failure = None
                     attempt.finish(self._num_emitted if not self._open else None)
+            except IngressStoppingError:
+                raise
             except ReplicaLostError as error:
                 logger.warning("%s: %s; attempt %d", self.request_id, error, self.num_attempts)
                 if error.may_be_a_death:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 from serve_app.engine.request import GenerateRequest, TokenOutput
 from serve_app.errors import (
     ChannelLostError,
+    IngressStoppingError,
     RaggedServeError,
     ReplicaLostError,
     ReplicaUnreachableError,
@@ -183,7 +184,7 @@ class Channels:
         A caller that is cancelled keeps the Outputs, to abort it and to wait for its end before the lease is settled.
         """
         if self._is_closed:
-            raise ReplicaLostError(f"this ingress is stopping; nothing is submitted to replica {replica_id}")
+            raise IngressStoppingError(f"this ingress is stopping; nothing is submitted to replica {replica_id}")
         channel = self._channels.get(replica_id)
         if channel is None:
             channel = self._channels[replica_id] = _Channel(self, self._transport, replica_id)
@@ -227,10 +228,10 @@ class Channels:
         return list(self._channels)
 
     async def close(self) -> None:
-        """Ends every request that is left with ReplicaLostError, and tells the replicas."""
+        """Ends every request that is left with IngressStoppingError, and tells the replicas."""
         self._is_closed = True
         for channel in list(self._channels.values()):
-            channel.lose(ReplicaLostError(f"this ingress is stopping; what ran on {channel.replica_id} is aborted"))
+            channel.lose(IngressStoppingError(f"this ingress is stopping; what ran on {channel.replica_id} is aborted"))
         while self._tasks:
             await asyncio.wait(self._tasks)
 

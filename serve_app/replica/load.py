@@ -1,17 +1,8 @@
-"""From the application's arguments to an Engine: the model, or the simulated runner. Knows which options go where.
-
-python -m serve_app.replica.load deploy/config.yaml       loads what a replica would load, without Ray, and says what it is
-
-What is compiled for this machine meanwhile lies in a cache afterwards: `make setup` ends with it.
-"""
+"""From the application's arguments to an Engine: the model, or the simulated runner. Knows which options go where."""
 
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
-
-import yaml  # type: ignore[import-untyped]
 
 from serve_app import hub
 from serve_app.config import ServeArgs
@@ -76,8 +67,3 @@ def _simulated(args: ServeArgs) -> Engine:
         **options,
     )
     return Engine(config, runner)
-
-
-if __name__ == "__main__":
-    for application in yaml.safe_load(Path(sys.argv[1]).read_text(encoding="utf-8"))["applications"]:
-        load_engine(ServeArgs.parse(application["args"]))

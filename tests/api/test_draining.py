@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,8 +27,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("draining") / "model", vocab_size=300, eos=())
 
 
-def house_of(directory: Path, *, num_kv_blocks: int = 200, **drain: float) -> House:
-    model = {"model": str(directory), "runner": "simulated", "simulated": {"seconds_per_step": STEP_SECONDS}}
+def house_of(directory: Path, *, num_kv_blocks: int = 200, step_seconds: float = STEP_SECONDS, **drain: float) -> House:
+    model = {"model": str(directory), "runner": "simulated", "simulated": {"seconds_per_step": step_seconds}}
     engine = {"block_size": 16, "num_kv_blocks": num_kv_blocks, "max_model_len": 600}
     return House({"model": model, "engine": engine, "drain": drain})
 
@@ -183,17 +184,16 @@ def check_is_error_event(told: Told, whole: Told, words: str) -> None:
 def test_at_the_end_of_its_time_the_clients_of_an_ingress_are_told(
     directory: Path, undisturbed: dict[int, Told], pool: ThreadPoolExecutor
 ) -> None:
-    with house_of(directory, num_kv_blocks=24, ingress_seconds=0.4) as house:
-        arrived = threading.Semaphore(0)
-        streams = [pool.submit(read, house, i, LONG, arrived.release) for i in range(4)]
+    with house_of(directory, num_kv_blocks=24, step_seconds=0.04, ingress_seconds=0.4) as house:
+        shown: Counter[int] = Counter()
+        streams = [pool.submit(read, house, i, LONG, lambda i=i: shown.update([i])) for i in range(4)]
+        house.wait_until(lambda: all(shown[i] >= 2 for i in range(4)))
         whole = pool.submit(httpx.post, house.url + "/v1/completions", json=body_of(9, 300), timeout=60)
         waiting = [
             pool.submit(httpx.post, house.url + "/v1/completions", json=body_of(i, 300), timeout=60)
             for i in range(10, 13)
         ]
         house.wait_until(lambda: house.client.num_waiting >= 2)
-        for _ in range(8):
-            arrived.acquire()
         house.is_leaving = True
         ended = [stream.result() for stream in streams]
         told = [(i, one) for i, one in enumerate(ended) if one.error is not None]
@@ -212,7 +212,7 @@ def test_at_the_end_of_its_time_the_clients_of_an_ingress_are_told(
 def test_a_server_that_ends_takes_nothing_new_and_ends_what_it_has(
     directory: Path, undisturbed: dict[int, Told], pool: ThreadPoolExecutor
 ) -> None:
-    with house_of(directory, replica_seconds=0.0) as house:
+    with house_of(directory, step_seconds=0.04, replica_seconds=0.0) as house:
         assert house.router is not None
         streams = [pool.submit(read, house, i) for i in range(NUM_STREAMS)]
         house.wait_until(lambda: all_run(house))
@@ -236,9 +236,16 @@ def test_a_server_that_ends_takes_nothing_new_and_ends_what_it_has(
         # Its time is over before a stream is.
         house.run(house.router.close(-100.0))
         house.wait_until(lambda: ready().status_code == 200)
-        stream = pool.submit(read, house, 0)
-        house.wait_until(lambda: house.replicas[1].engine.num_unfinished == 1)
-        house.run(house.router.close(0.2))
+        has_begun = threading.Event()
+        stream = pool.submit(read, house, 0, LONG, has_begun.set)
+        assert has_begun.wait(60)
+
+        async def close() -> None:
+            assert house.router is not None
+            await house.router.close(0.0)
+            house.client._has_news.set()  # heard at once, and not with the next sign of life
+
+        house.run(close())
         check_is_error_event(
             stream.result(), undisturbed[0], "this server ends, and the time for answers to end is over"
         )

@@ -25,9 +25,11 @@ from serve_app.errors import (
     ChannelLostError,
     DeviceLostError,
     EngineUnavailableError,
+    IngressStoppingError,
     OverloadedError,
     ReplicaKillerError,
     ReplicaLostError,
+    ServerDrainingError,
     SlowReaderError,
 )
 from serve_app.replica.load import load_engine
@@ -188,6 +190,15 @@ def test_an_engine_that_takes_nothing_is_a_lost_replica() -> None:
     world = Scripted([EngineUnavailableError("the engine has stopped")], [[out(0, 10, end=True)]])
     assert read(world) == {0: [10]}
     assert world.lost == ["replica0"]
+
+
+@pytest.mark.parametrize("error", [IngressStoppingError("it ends"), ServerDrainingError("it ends")])
+def test_the_end_of_the_ingress_is_no_death_of_a_replica(error: Exception) -> None:
+    failover = Failover()
+    world = Scripted([[out(0, 10)], error])
+    with pytest.raises(type(error), match="it ends"):
+        read(world, failover=failover)
+    assert (world.lost, failover.counters) == ([], {})
 
 
 def test_a_continuation_waits_where_a_new_request_is_refused() -> None:

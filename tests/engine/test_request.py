@@ -183,7 +183,8 @@ def test_an_output_crosses_processes_whole() -> None:
             EngineConfig,
             (
                 "block_size num_kv_blocks kv_cache_memory_bytes gpu_memory_utilization kv_cache_dtype max_model_len"
-                " max_num_seqs max_num_batched_tokens enable_prefix_caching num_threads cuda_graphs deterministic seed"
+                " max_num_seqs max_num_batched_tokens enable_prefix_caching num_threads stuck_seconds"
+                " cuda_graphs deterministic seed"
             ),
         ),
         (FinishReason, "STOP LENGTH ABORT ERROR"),
@@ -204,7 +205,7 @@ def test_the_list_of_fields_is_frozen(data: type, fields: str) -> None:
 
 def test_the_defaults_are_these() -> None:
     assert dataclasses.astuple(EngineConfig()) == (
-        32, None, None, 0.9, "auto", None, 128, 512, True, None, True, None, 0,
+        32, None, None, 0.9, "auto", None, 128, 512, True, None, None, True, None, 0,
     )  # fmt: skip
 
 
