@@ -45,6 +45,7 @@ import yaml  # type: ignore[import-untyped]
 from loadtests.http_answer import Wire
 from loadtests.stream_mix import (
     CHAT,
+    KINDS,
     AnswerRead,
     Item,
     first_difference,
@@ -467,7 +468,7 @@ def drill(arguments: argparse.Namespace) -> int:
 
     num_kills, num_router_kills, num_hung = (4, 1, 1) if arguments.short else (arguments.kills, 3, 2)
     rng = random.Random(arguments.seed)
-    items = make_items(arguments.items or (16 if arguments.short else 32), seed=arguments.seed)
+    items = make_items(arguments.items, seed=arguments.seed)
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
     say(f"{len(items)} requests of {len({item.kind.name for item in items})} kinds, offline, in one batch")
@@ -529,7 +530,7 @@ def main() -> int:
     made.add_argument("--short", action="store_true", help="4 kills, 1 of the router, 1 that hangs")
     made.add_argument("--kills", type=int, default=20, help="of replicas")
     made.add_argument("--streams", type=int, default=12, help="at a time")
-    made.add_argument("--items", type=int, help="different requests (32, or 16)")
+    made.add_argument("--items", type=int, default=len(KINDS), help="different requests")
     made.add_argument("--seed", type=int, default=0, help="of the requests, the victims and the moments")
     made.add_argument("--log", type=Path, help="write what the server said here")
     return drill(made.parse_args())
