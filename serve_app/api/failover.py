@@ -86,16 +86,17 @@ class Journey:
         self._is_on_trial = self.is_moving = True
         self._failover.counters["trials"] += 1
 
-    def progress(self, num_tokens: int) -> None:
-        """Tokens have come. Call it while `is_moving`."""
+    def progress(self, num_tokens: int) -> bool:
+        """Tokens have come. Call it while `is_moving`. Returns whether they are the first ones since a loss."""
         self._since = None
-        if self._is_lost:
-            self._is_lost = False
+        is_first, self._is_lost = self._is_lost, False
+        if is_first:
             self._failover.counters["resumed"] += 1
         if num_tokens >= self._num_tokens_at_loss + self._trial_tokens:
             self._num_deaths = self._num_deaths_on_trial = 0
             self.is_moving = False
             self.end_attempt()
+        return is_first
 
     def end_attempt(self) -> None:
         """However it ended."""

@@ -144,10 +144,10 @@ class GenerationStream:
                             if self._fingerprint is None:
                                 self._fingerprint = lease.fingerprint
                             if journey.is_moving or self._goes_on:
-                                self._goes_on = False
                                 num_hindered = 0
-                                self._check_numerics(lease)
-                                journey.progress(self._num_emitted)
+                                if journey.progress(self._num_emitted) or self._goes_on:
+                                    self._check_numerics(lease)
+                                self._goes_on = False
                             yield taken
                         if self._failure is not None:
                             raise self._failure
@@ -209,7 +209,7 @@ class GenerationStream:
         return _Attempt(self._leases, lease, self._channels, submitted, self._block_size, self._deadline)
 
     def _check_numerics(self, lease: Lease) -> None:
-        """Of tokens after a loss: what is promised of them."""
+        """Of the first tokens after a loss: what is promised of them."""
         if lease.fingerprint.startswith(FAST_MODE):
             self._failover.counters["resumed_in_fast_mode"] += 1
             logger.info("%s: goes on in fast mode: a valid continuation, perhaps not the same bytes", self.request_id)

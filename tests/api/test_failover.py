@@ -225,9 +225,9 @@ def test_other_numerics_are_counted() -> None:
 
 def test_fast_mode_is_counted() -> None:
     failover = Failover()
-    world = Scripted([[out(0, 10)], ReplicaLostError("x")], [[out(0, 11), out(0, 12, end=True)]])
+    world = Scripted([[out(0, 10)], ReplicaLostError("x")], [[out(0, 11)], [out(0, 12)], [out(0, 13, end=True)]])
     world.fingerprints = ["fast-a"] * 2
-    assert read(world, failover=failover) == {0: [10, 11, 12]}
+    assert read(world, failover=failover) == {0: [10, 11, 12, 13]}
     assert failover.counters["resumed_in_fast_mode"] == 1
     assert "resumed_with_other_numerics" not in failover.counters
 
