@@ -190,12 +190,6 @@ class Memory:
                 return
 
 
-def idle_time() -> int:
-    """Clock ticks that all CPUs together were idle since the machine started."""
-    ticks = [int(text) for text in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
-    return ticks[3] + ticks[4]
-
-
 def ask(spec: Json) -> Json:
     """Runs the client in a process of its own."""
     client = subprocess.run(
@@ -213,10 +207,10 @@ def ask(spec: Json) -> Json:
 
 def measure(server: Server, spec: Json, rate: float, load: float) -> Json:
     """One row, with the CPU and memory of the server's parts meanwhile."""
-    before, (total, stolen), idle = server.cpu(), cpu_time(), idle_time()
+    before, (total, stolen, idle) = server.cpu(), cpu_time()
     with Memory(server) as memory:
         run = ask(spec)
-    after, (total_after, stolen_after), idle_after = server.cpu(), cpu_time(), idle_time()
+    after, (total_after, stolen_after, idle_after) = server.cpu(), cpu_time()
     row = summarize(run, rate, spec["deadline_s"])
     ticks = total_after - total
     return {

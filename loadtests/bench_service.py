@@ -135,11 +135,11 @@ def part_of(process: psutil.Process) -> str:
     return "other"
 
 
-def cpu_time() -> tuple[int, int]:
-    """Clock ticks since the machine started, of all CPUs together: in all, and stolen by its host."""
+def cpu_time() -> tuple[int, int, int]:
+    """Clock ticks since the machine started, of all CPUs together: in all, stolen by its host, and idle."""
     # user nice system idle iowait irq softirq steal
     ticks = [int(text) for text in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
-    return sum(ticks), ticks[7]
+    return sum(ticks), ticks[7], ticks[3] + ticks[4]
 
 
 def answers(url: str) -> bool:
@@ -201,7 +201,7 @@ def vllm_server(python: str, model: Path, dtype: str, directory: Path, budget: i
 def load(server: Server, model: str, requests: list[tuple[Any, int, float]], concurrency: int) -> Json:
     """Runs the requests from a process of its own. Raises RuntimeError if one did not end well."""
     spec = {"url": server.url, "model": model, "requests": requests, "concurrency": concurrency}
-    before, (total, stolen) = server.cpu(), cpu_time()
+    before, (total, stolen, _) = server.cpu(), cpu_time()
     done = subprocess.run(
         [sys.executable, str(Path(__file__).parent / "http_client.py")],
         input=json.dumps(spec),
@@ -209,7 +209,7 @@ def load(server: Server, model: str, requests: list[tuple[Any, int, float]], con
         text=True,
         check=True,
     )
-    after, (total_after, stolen_after) = server.cpu(), cpu_time()
+    after, (total_after, stolen_after, _) = server.cpu(), cpu_time()
     answer: Json = json.loads(done.stdout)
     for one in answer["answers"]:
         if one["status"] != 200 or not one["done"]:
@@ -310,7 +310,7 @@ engine.stop(5)
 
 def offline(args: Json, requests: list[tuple[Any, int, float]], concurrency: int, *, warm: bool = False) -> Json:
     """The same engine and load in one process, without Ray and HTTP. ``warm``: all of it runs once before it counts."""
-    total, stolen = cpu_time()
+    total, stolen, _ = cpu_time()
     done = subprocess.run(
         [sys.executable, "-c", OFFLINE],
         input=json.dumps({"args": args, "requests": requests, "concurrency": concurrency, "warm": warm}),
@@ -319,7 +319,7 @@ def offline(args: Json, requests: list[tuple[Any, int, float]], concurrency: int
         check=True,
         cwd=ROOT,
     )
-    total_after, stolen_after = cpu_time()
+    total_after, stolen_after, _ = cpu_time()
     answer: Json = json.loads(done.stdout.splitlines()[-1])
     return answer | {"stolen": (stolen_after - stolen) / (total_after - total)}
 
