@@ -15,6 +15,8 @@ MAX_N = 128
 MAX_LOGPROBS = 64
 MAX_STOP_STRINGS = 64
 MAX_SEED = 2**64 - 1
+MAX_GRAMMAR_LENGTH = 2**18
+"""Characters of a grammar: a JSON schema of this size is far past what compiles in time."""
 
 
 class FinishReason(enum.StrEnum):
@@ -69,6 +71,11 @@ class SamplingParams:
 
     allowed_token_ids: tuple[int, ...] | None = None
     """If given, no other token can be sampled."""
+
+    grammar: str | None = None
+    """If given, the output is a sentence of this grammar, or the beginning of one. Canonical text, made by
+    serve_app.text.grammar; an opaque string here. eos may come exactly where a sentence may end, whatever min_tokens
+    says, and a sentence that cannot go on ends the sequence with STOP."""
 
     stop: tuple[str, ...] = ()
     """Strings that end the answer. Matched where text is made (serve_app.text), not in the engine."""
@@ -130,6 +137,12 @@ class SamplingParams:
                 _check_int(name, token_id, 0, None)
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise InvalidParameterError("allowed_token_ids", self.allowed_token_ids, "a non-empty list, or None")
+        if self.grammar is not None:
+            if not isinstance(self.grammar, str) or not self.grammar:
+                raise InvalidParameterError("grammar", self.grammar, "a non-empty string, or None")
+            if len(self.grammar) > MAX_GRAMMAR_LENGTH:
+                shown = f"{len(self.grammar)} characters long"
+                raise InvalidParameterError("grammar", shown, f"at most {MAX_GRAMMAR_LENGTH} characters long")
         for token_id, bias in (self.logit_bias or {}).items():
             _check_int("logit_bias", token_id, 0, None)
             _check_float("logit_bias", bias, -100.0, 100.0)
