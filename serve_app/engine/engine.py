@@ -147,6 +147,9 @@ class Engine:
     def _run_alone(self, plan: SchedulerOutput, error: Exception) -> list[TokenOutput]:
         """A step failed: each of its sequences runs by itself, and only those that fail again are refused.
 
+        A chunk that fails alone is halved, down to one token: what the device has no memory for at once may fit in
+        parts. An error of the family says that the request is at fault, and halving would not help.
+
         A step launched behind it took its inputs from it, so that one is run again in the same way when its turn
         comes. Writing a KV slot twice with the same value is harmless.
         """
@@ -154,7 +157,9 @@ class Engine:
             later_error = _wait_and_discard(later_step)
             self._in_flight[i] = (later_plan, _FailedStep(later_error or error), record)
         outputs: list[TokenOutput] = []
-        for alone in plan.alone():
+        left = deque(plan.alone())
+        while left:
+            alone = left.popleft()
             sequence = alone.scheduled[0].sequence
             if sequence.is_finished:
                 continue
@@ -164,7 +169,10 @@ class Engine:
             except DeviceLostError:
                 raise
             except Exception as again:
-                self.scheduler.fail(sequence, _as_family(again, sequence.key))
+                if alone.num_tokens > 1 and not isinstance(again, RaggedServeError):
+                    left.extendleft(reversed(alone.halves()))
+                else:
+                    self.scheduler.fail(sequence, _as_family(again, sequence.key))
             else:
                 outputs += self.scheduler.update(alone, token_ids, step.logprobs, step.prompt_logprobs)
         return outputs + self.scheduler.take_ended()

@@ -82,6 +82,17 @@ class SchedulerOutput:
                 plans.append(SchedulerOutput([item], item.num_tokens, copies))
         return plans
 
+    def halves(self) -> list[SchedulerOutput]:
+        """A plan of one sequence in two: [start, middle) and [middle, end), for the same bits in less memory."""
+        (item,) = self.scheduled
+        num_first = item.num_tokens // 2
+        first = ScheduledSequence(item.sequence, item.start, num_first, samples=False)
+        rest = ScheduledSequence(item.sequence, item.start + num_first, item.num_tokens - num_first, item.samples)
+        return [
+            SchedulerOutput([first], first.num_tokens, self.block_copies),
+            SchedulerOutput([rest], rest.num_tokens),
+        ]
+
     def sequence_steps(self) -> tuple[SequenceStep, ...]:
         """What each sequence does, for the step record."""
         return tuple(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
+from typing import ClassVar
 
 import pytest
 
@@ -243,6 +244,61 @@ def test_if_the_leader_fails_its_choices_fail_or_go_on_by_themselves(steps_in_fl
         ("a", 2): None,
         ("b", 0): None,
     }
+
+
+@both_ways
+@pytest.mark.parametrize("most", [1, 3])
+def test_a_step_that_does_not_fit_into_memory_is_retried_in_smaller_parts(most: int, steps_in_flight: int) -> None:
+    sizes: list[tuple[int, bool]] = []
+
+    class Small(SimulatedRunner):
+        def launch(self, plan: SchedulerOutput) -> SimulatedStep:
+            fits = plan.num_tokens <= most
+            sizes.append((plan.num_tokens, fits))
+            if not fits:
+                raise MemoryError(f"no room for {plan.num_tokens} tokens")
+            return super().launch(plan)
+
+    watched = Watched(runner_class=Small, steps_in_flight=steps_in_flight, max_num_batched_tokens=20)
+    watched.add(make_request("a", 14, n=2, max_tokens=6))
+    watched.add(make_request("b", 9, max_tokens=6))
+    watched.run().check_tokens()
+    assert ends(watched) == {"a": "length", "b": "length"}
+    assert (20, False) in sizes and (most, True) in sizes
+    refused = [size for size, fits in sizes if not fits]
+    assert len(refused) < 60, "halved, not one token after the other from the start"
+
+
+def test_halving_ends_with_one_token() -> None:
+    class Full(SimulatedRunner):
+        sizes: ClassVar[list[int]] = []
+
+        def launch(self, plan: SchedulerOutput) -> SimulatedStep:
+            self.sizes.append(plan.num_tokens)
+            raise MemoryError("no room at all")
+
+    watched = Watched(runner_class=Full, max_num_batched_tokens=20)
+    watched.add(make_request("a", 14, max_tokens=6))
+    watched.run().check_tokens(frozenset({"step_failed"}))
+    assert ends(watched) == {"a": "step_failed"}
+    assert Full.sizes == [14, 14, 7, 3, 1]
+    error = watched.ends["a", 0].error
+    assert error == "request 'a': the step failed with MemoryError: no room at all"
+
+
+def test_a_request_at_fault_is_refused_without_trying_smaller_parts() -> None:
+    class Strict(SimulatedRunner):
+        num_launches = 0
+
+        def launch(self, plan: SchedulerOutput) -> SimulatedStep:
+            type(self).num_launches += 1
+            raise StepFailedError("the logits of request 'a' are NaN")
+
+    watched = Watched(runner_class=Strict, max_num_batched_tokens=20)
+    watched.add(make_request("a", 14, max_tokens=6))
+    watched.run().check_tokens(frozenset({"step_failed"}))
+    assert Strict.num_launches == 2
+    assert watched.ends["a", 0].error == "the logits of request 'a' are NaN"
 
 
 # ---- deadlines and aborts ----------------------------------------------------------------------------------------

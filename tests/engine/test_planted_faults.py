@@ -397,6 +397,11 @@ def repeat_without_the_copies(patch: Patch) -> None:
     patch.setattr(SchedulerOutput, "alone", without)
 
 
+def halve_and_forget_the_rest(patch: Patch) -> None:
+    halves = SchedulerOutput.halves
+    patch.setattr(SchedulerOutput, "halves", lambda plan: halves(plan)[:1])
+
+
 def refuse_everybody_in_a_failed_step(patch: Patch) -> None:
     def run_alone(engine: Engine, plan: SchedulerOutput, error: Exception) -> list[TokenOutput]:
         for item in plan.scheduled:
@@ -505,6 +510,11 @@ FAULTS: list[Fault] = [
     ),
     (repeat_what_was_preempted, random_faults, "error: .*IndexError|innocent: "),
     (repeat_without_the_copies, random_faults, "error: .*KV entry|tokens: "),
+    (
+        halve_and_forget_the_rest,
+        scenario(test_engine.test_a_step_that_does_not_fit_into_memory_is_retried_in_smaller_parts, 3, 1),
+        ".*KV entry|tokens: |lost: |assert ",
+    ),
     (refuse_everybody_in_a_failed_step, random_faults, "error: |innocent: "),
     (shift_a_slot_by_one, random_traffic, ".*KV entry|tokens: "),
     (leave_a_token_out, random_traffic, ".*KV entry|tokens: |prompt logprobs|.*prompt logprobs are missing"),
