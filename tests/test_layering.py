@@ -86,6 +86,7 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("text/detokenizer.py", TEXT),
     ("text/stop_strings.py", TEXT),
     ("text/text_stream.py", TEXT),
+    ("text/output_parser.py", TEXT),
     # the device side, and the engine used from Python
     ("kernels/work_list.py", DEVICE),
     ("kernels/metadata.py", DEVICE),
@@ -128,6 +129,9 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("check_config.py", ASSEMBLY),
     ("metrics.py", SERVICE),
     ("api/error_response.py", SERVICE),
+    ("api/json_body.py", SERVICE),
+    ("api/request_model.py", SERVICE),
+    ("api/messages.py", SERVICE),
     ("api/protocol.py", SERVICE),
     ("api/event_id.py", SERVICE),
     ("api/answers.py", SERVICE),

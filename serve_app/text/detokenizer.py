@@ -47,24 +47,34 @@ class Detokenizer(Protocol):
 
 
 def make_detokenizer(
-    tokenizer: Tokenizer, prompt_token_ids: Sequence[int] = (), skip_special_tokens: bool = True
+    tokenizer: Tokenizer,
+    prompt_token_ids: Sequence[int] = (),
+    skip_special_tokens: bool = True,
+    shown_special_ids: frozenset[int] = frozenset(),
 ) -> Detokenizer:
     """Without a prompt the text is that of the output alone: ``tokenizer.decode(output)``. With ``prompt_token_ids`` the
     output is read as going on from the prompt: ``decode(prompt + output)`` without what it has in common with
     ``decode(prompt)``. The difference is the space before a first word, which sentencepiece drops at the start of a text:
     a completion wants it kept, a chat answer does not.
+
+    ``skip_special_tokens`` leaves special tokens out, but for ``shown_special_ids``: those that open a tool call.
     """
     if tokenizer.is_byte_level and not _ends_inside_character(tokenizer, prompt_token_ids, skip_special_tokens):
-        return ByteDetokenizer(tokenizer, skip_special_tokens)
-    return WindowDetokenizer(tokenizer, prompt_token_ids, skip_special_tokens)
+        return ByteDetokenizer(tokenizer, skip_special_tokens, shown_special_ids)
+    return WindowDetokenizer(tokenizer, prompt_token_ids, skip_special_tokens, shown_special_ids)
 
 
 class ByteDetokenizer:
     """See `make_detokenizer`. Held back: a character that may become whole. Cost per token: its bytes."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        skip_special_tokens: bool = True,
+        shown_special_ids: frozenset[int] = frozenset(),
+    ) -> None:
         self._token_bytes = tokenizer.token_bytes
-        self._skipped_ids = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._skipped_ids = tokenizer.special_ids - shown_special_ids if skip_special_tokens else frozenset()
         self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
 
     def push(self, token_ids: Iterable[int]) -> str:
@@ -83,10 +93,14 @@ class WindowDetokenizer:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int] = (), skip_special_tokens: bool = True
+        self,
+        tokenizer: Tokenizer,
+        prompt_token_ids: Sequence[int] = (),
+        skip_special_tokens: bool = True,
+        shown_special_ids: frozenset[int] = frozenset(),
     ) -> None:
         self._tokenizer = tokenizer
-        self._skipped_ids = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._skipped_ids = tokenizer.special_ids - shown_special_ids if skip_special_tokens else frozenset()
         self._byte_ids = tokenizer.byte_fallback_ids
         self._window = self._prompt_tail(prompt_token_ids)
         self._shown = self._decode()

@@ -43,6 +43,8 @@ class TextStream:
 
     ``min_tokens`` as in vLLM: a stop string counts only if a token after the first ``min_tokens`` completes it. (A
     byte-fallback run gives its text with the token that ends the run, so that one is taken as completing it.)
+
+    ``shown_special_ids``: special tokens that an OutputParser needs to see although skip_special_tokens leaves them out.
     """
 
     def __init__(
@@ -51,8 +53,11 @@ class TextStream:
         sampling: SamplingParams,
         prompt_token_ids: Sequence[int] = (),
         output_token_ids: Sequence[int] = (),
+        shown_special_ids: frozenset[int] = frozenset(),
     ) -> None:
-        self._detokenizer = make_detokenizer(tokenizer, prompt_token_ids, sampling.skip_special_tokens)
+        self._detokenizer = make_detokenizer(
+            tokenizer, prompt_token_ids, sampling.skip_special_tokens, shown_special_ids
+        )
         self._stop_strings = StopStrings(sampling.stop, sampling.include_stop_str_in_output)
         self._min_tokens = sampling.min_tokens
         self._show_stop_token = sampling.include_stop_str_in_output

@@ -56,6 +56,23 @@ def test_a_stop_string_that_the_end_completes_wins() -> None:
     assert choice.push(euros, finish_reason=LENGTH) == TextDelta("à", 5, STOP, "€")
 
 
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_special_token_is_shown_where_a_parser_needs_it(kind: str) -> None:
+    """And no other special token with it, nor a token of the prompt."""
+    tokenizer = made(kind)
+    start, end = (tokenizer.token_to_id(token) for token in ("<|im_start|>", "<|im_end|>"))
+    assert start is not None
+    assert end is not None
+    words = tokenizer.encode("hello", add_special_tokens=False)
+    tokens = [*words, start, *words, end, *words]
+    sampling = SamplingParams()
+    shown = TextStream(tokenizer, sampling, shown_special_ids=frozenset({start})).push(tokens, LENGTH).text
+    skipped = TextStream(tokenizer, sampling).push(tokens, LENGTH).text
+    assert shown.count("<|im_start|>") == 1
+    assert "<|im_end|>" not in shown
+    assert "<|im" not in skipped
+
+
 def test_a_stop_token_counts_but_is_no_text() -> None:
     """Also where special tokens are shown, and for a stop token that is an ordinary word."""
     for stop_id in (BYTES.eos_token_id or 2, *ids("!")):
