@@ -20,10 +20,12 @@ rest is content.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 
-class ToolCallDelta(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
     """A piece of one call. All pieces of a call stand together: once a call with a higher index has begun, or content
     has come, the ones before are whole."""
 
@@ -109,7 +111,8 @@ def join(deltas: list[OutputDelta]) -> OutputDelta:
     for delta in deltas:
         for call in delta.tool_calls:
             if calls and calls[-1].index == call.index:
-                calls[-1] = calls[-1]._replace(arguments=calls[-1].arguments + call.arguments)
+                first = calls[-1]
+                calls[-1] = ToolCallDelta(first.index, first.name, first.arguments + call.arguments)
             else:
                 calls.append(call)
     return OutputDelta("".join(d.content for d in deltas), "".join(d.reasoning for d in deltas), tuple(calls))
