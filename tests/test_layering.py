@@ -87,6 +87,7 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("text/stop_strings.py", TEXT),
     ("text/text_stream.py", TEXT),
     ("text/output_parser.py", TEXT),
+    ("text/reasoning_formats.py", TEXT),
     # the device side, and the engine used from Python
     ("kernels/work_list.py", DEVICE),
     ("kernels/metadata.py", DEVICE),
