@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from serve_app import config
 from serve_app.api.failover import FailoverLimits
-from serve_app.api.protocol import RequestLimits
+from serve_app.api.request_model import RequestLimits
 from serve_app.config import (
     ApiArgs,
     EngineArgs,

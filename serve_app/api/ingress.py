@@ -19,7 +19,7 @@ from serve_app import logs
 from serve_app.api.draining import Draining
 from serve_app.api.failover import FailoverLimits
 from serve_app.api.http_app import build_app
-from serve_app.api.protocol import RequestLimits
+from serve_app.api.request_model import RequestLimits
 from serve_app.api.service import Service, load_served_model
 from serve_app.config import IngressUserConfig, ServeArgs
 from serve_app.metrics import render

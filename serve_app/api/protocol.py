@@ -1,70 +1,31 @@
 """What clients may send, as pydantic models: CompletionRequest, ChatCompletionRequest, TokenizeRequest, DetokenizeRequest.
 
-Knows JSON, names, types, ranges, and how a request becomes prompts, SamplingParams and GenerateRequests. Knows no route, no
-answer and no device. Where it comes from: OpenAI's API reference, and vLLM's protocol for the extras.
-
-Each name that a client may send stands in one of three tables, and all others are refused with the nearest known one:
-
-- the fields of a model: every one has an effect, which a test shows field by field;
-- WITHOUT_EFFECT: accepted, checked, and of no effect on the answer;
-- ``unimplemented`` of a model: known elsewhere, not here. Accepted with the value that asks for nothing, else refused.
-
-``null`` means "not given", for each field of each object.
+Knows names, types, ranges, and how a request becomes prompts, SamplingParams and GenerateRequests. Knows no route, no
+answer and no device. Where it comes from: OpenAI's API reference, and vLLM's protocol for the extras. The messages of chats
+are in `messages`, the base and the three tables of names in `request_model`.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import Field, PlainValidator
 
-from serve_app.api.error_response import WrongValueError, path_of, shown
-from serve_app.engine.request import MAX_LOGPROBS, MAX_N, MAX_SEED, GenerateRequest, SamplingParams
-from serve_app.errors import (
-    InvalidBodyError,
-    InvalidParameterError,
-    InvalidPromptError,
-    UnknownParameterError,
-    UnsupportedParameterError,
-)
+from serve_app.api.error_response import WrongValueError, shown
+from serve_app.api.messages import ChatInput, Message
+from serve_app.api.request_model import MAX_INT, IgnoredField, RequestLimits, RequestModel, Unimplemented
+from serve_app.engine.request import MAX_LOGPROBS, MAX_SEED, GenerateRequest, SamplingParams
+from serve_app.errors import InvalidParameterError, InvalidPromptError, UnsupportedParameterError
 from serve_app.text.chat_template import ChatTemplate
 from serve_app.text.text_stream import TextStream
 from serve_app.text.tokenizer import Tokenizer
-
-MAX_DEPTH = 64
-"""Objects and lists inside each other. Nothing that a client means needs more, and checks of a body may recurse."""
-
-MAX_INT = 2**31 - 1
-"""Counts, ids and priorities above it are nobody's wish, and would not fit the tensors."""
 
 MAX_REQUEST_ID_CHARS = 128
 MAX_CACHE_SALT_CHARS = 1024
 COMPLETION_MAX_TOKENS = 16
 """max_tokens of a completion that does not say it: OpenAI's, and everybody's after it."""
-
-Model = TypeVar("Model", bound="RequestModel")
-
-
-@dataclass(frozen=True)
-class RequestLimits:
-    """How much one request may ask for. Messages name the value and the limit."""
-
-    max_prompts: int = 128
-    """Prompts of one completion request."""
-
-    max_n: int = MAX_N
-    """Choices for each prompt."""
-
-    max_stop: int = 16
-    """Stop strings, and as many stop token ids."""
-
-    max_bias: int = 1024
-    """Entries of logit_bias."""
 
 
 class EncodedPrompt(NamedTuple):
@@ -76,16 +37,6 @@ class EncodedPrompt(NamedTuple):
 
 
 # ---- the tables of names ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class IgnoredField:
-    """A field that is accepted and changes nothing."""
-
-    allowed: str
-    """What it must be, for the message."""
-    accepts: Callable[[Any], bool]
-    why: str
 
 
 WITHOUT_EFFECT: Mapping[str, IgnoredField] = {
@@ -133,9 +84,6 @@ def timeout_ms(given: str | None) -> float | None:
         raise InvalidParameterError(TIMEOUT_HEADER, given, f"a whole number of milliseconds from 1 to {MAX_TIMEOUT_MS}")
     return float(given)
 
-
-Unimplemented = Mapping[str, tuple[Any, ...]]
-"""Name -> the values with which it asks for nothing (null always does)."""
 
 UNIMPLEMENTED: Unimplemented = {
     "allowed_tools": (),
@@ -196,15 +144,6 @@ CHAT_UNIMPLEMENTED: Unimplemented = {
     "verbosity": ("medium",),
     "web_search_options": (),
 }
-
-MESSAGE_UNIMPLEMENTED: Unimplemented = {
-    "annotations": ([],),
-    "audio": (),
-    "function_call": (),
-    "refusal": ("",),
-    "tool_calls": ([],),
-}
-
 
 # ---- fields that have more than one shape ----------------------------------------------------------------------------
 
@@ -274,26 +213,6 @@ def _logit_bias(value: Any) -> dict[int, float]:
     return bias
 
 
-def _content(value: Any) -> str:
-    """Text, or parts of text, which are joined by line ends as vLLM does: templates of text models expect a string."""
-    if type(value) is str:
-        return value
-    if type(value) is not list:
-        raise WrongValueError(value, "a string or a list of content parts")
-    texts = []
-    for i, part in enumerate(value):
-        if type(part) is not dict:
-            raise WrongValueError(part, 'a content part: {"type": "text", "text": ...}', f"[{i}]")
-        if part.get("type") != "text":
-            raise WrongValueError(part.get("type"), '"text": this server reads text alone', f"[{i}].type")
-        if type(part.get("text")) is not str:
-            raise WrongValueError(part.get("text"), "a string", f"[{i}].text")
-        if more := sorted(part.keys() - {"type", "text"}):
-            raise WrongValueError(part[more[0]], "left out: a part has a type and a text", f"[{i}].{more[0]}")
-        texts.append(part["text"])
-    return "\n".join(texts)
-
-
 def _request_id(value: Any) -> str:
     if type(value) is not str or re.fullmatch(r"[\x21-\x7e]+", value) is None or len(value) > MAX_REQUEST_ID_CHARS:
         raise WrongValueError(value, f"1 to {MAX_REQUEST_ID_CHARS} visible ASCII characters")
@@ -313,67 +232,10 @@ Stop = Annotated[list[str], PlainValidator(_stop, json_schema_input_type=str | l
 LogitBias = Annotated[dict[int, float], PlainValidator(_logit_bias, json_schema_input_type=dict[str, float])]
 RequestId = Annotated[str, PlainValidator(_request_id, json_schema_input_type=str)]
 Seed = Annotated[int, PlainValidator(_seed, json_schema_input_type=int)]
-Content = Annotated[str, PlainValidator(_content, json_schema_input_type=str | list[dict[str, str]])]
 Count = Annotated[int, Field(ge=0, le=MAX_INT)]
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------
-
-
-class RequestModel(BaseModel):
-    """A JSON object that a client may send."""
-
-    model_config = ConfigDict(
-        strict=True,
-        extra="forbid",
-        frozen=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
-    )
-
-    unimplemented: ClassVar[Unimplemented] = {}
-    ignored: ClassVar[Mapping[str, IgnoredField]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, data: Any) -> Any:
-        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
-
-    @classmethod
-    def parse(cls: type[Model], body: bytes, limits: RequestLimits | None = None) -> Model:
-        """The request in a body. Raises InvalidRequestErrors and pydantic's ValidationError; `error_response` takes both.
-
-        Costs a few milliseconds for the longest of prompts that come as ids.
-        """
-        data = parse_json(body)
-        cls._take_names(data)
-        request = cls.model_validate(data)
-        request.check(limits or RequestLimits())
-        return request
-
-    def check(self, limits: RequestLimits) -> None:
-        """What concerns more than one field, or a limit. Raises InvalidParameterError naming field, value and limit."""
-
-    @classmethod
-    def _take_names(cls, data: dict[str, Any], path: str = "") -> None:
-        """Takes out of ``data`` what has no effect here, and refuses by name what is unknown or not implemented."""
-        for name in [name for name in data if name not in cls.model_fields]:
-            value = data.pop(name)
-            if name in cls.ignored:
-                if value is not None and not cls.ignored[name].accepts(value):
-                    raise UnsupportedParameterError(
-                        path + name, f"is {shown(value)}; this server takes only {cls.ignored[name].allowed}"
-                    )
-            elif name in cls.unimplemented:
-                if value is not None and not any(_same(value, neutral) for neutral in cls.unimplemented[name]):
-                    raise UnsupportedParameterError(
-                        path + name, f"is {shown(value)}; this server does not implement it"
-                    )
-            else:
-                known = [*cls.model_fields, *cls.ignored]
-                nearest = difflib.get_close_matches(name[:60].lower(), known, 1)
-                raise UnknownParameterError(path + name, nearest[0] if nearest else None)
 
 
 class StreamOptions(RequestModel):
@@ -386,76 +248,6 @@ class StreamOptions(RequestModel):
     """The usage so far in every event (of vLLM)."""
 
     unimplemented: ClassVar[Unimplemented] = {"include_obfuscation": (False,)}
-
-
-class Message(RequestModel):
-    """One message of a chat."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    """developer is shown to the template as system, which it was before OpenAI renamed it."""
-
-    content: Content | None = None
-    """Text, or a list of {"type": "text", "text": ...}."""
-
-    name: str | None = None
-    """Who speaks, where the template shows it."""
-
-    tool_call_id: str | None = None
-    """Which call a tool's message answers, where the template shows it."""
-
-    reasoning_content: str | None = None
-    """An assistant's earlier reasoning, where the template shows it."""
-
-    reasoning: str | None = None
-    """Another name for reasoning_content."""
-
-    unimplemented: ClassVar[Unimplemented] = MESSAGE_UNIMPLEMENTED
-
-    def for_template(self) -> dict[str, Any]:
-        message = self.model_dump(exclude_none=True)
-        return {**message, "role": "system"} if self.role == "developer" else message
-
-
-class ChatInput(RequestModel):
-    """What makes the prompt of a chat; completions of chats and /tokenize share it."""
-
-    add_generation_prompt: bool | None = None
-    """End the prompt with the beginning of an assistant's message. By default the opposite of continue_final_message."""
-
-    continue_final_message: bool = False
-    """Leave the last message open: the answer goes on with it."""
-
-    chat_template_kwargs: dict[str, Any] = {}
-    """Further variables of the chat template (enable_thinking, ...)."""
-
-    def _render(self, messages: Sequence[Message], template: ChatTemplate) -> str:
-        add = not self.continue_final_message if self.add_generation_prompt is None else self.add_generation_prompt
-        return template.render(
-            [message.for_template() for message in messages],
-            add_generation_prompt=add,
-            continue_final_message=self.continue_final_message,
-            template_kwargs=self.chat_template_kwargs,
-        )
-
-    def _check_chat(self, messages: Sequence[Message]) -> None:
-        if not messages:
-            raise InvalidParameterError("messages", [], "a list of at least one message")
-        for i, message in enumerate(messages):
-            if message.content is None and message.role != "assistant":
-                raise InvalidParameterError(
-                    f"messages[{i}].content", None, "text, in a message of any but the assistant"
-                )
-        if self.continue_final_message and self.add_generation_prompt:
-            raise InvalidParameterError("add_generation_prompt", True, "false where continue_final_message is true")
-        if self.continue_final_message and not messages[-1].content:
-            raise InvalidParameterError("continue_final_message", True, "false where the last message has no text")
-
-    @classmethod
-    def _take_message_names(cls, data: dict[str, Any]) -> None:
-        messages = data.get("messages")
-        for i, message in enumerate(messages if type(messages) is list else []):
-            if type(message) is dict:
-                Message._take_names(message, path_of(("messages", i)) + ".")
 
 
 class GenerationInput(RequestModel):
@@ -494,16 +286,16 @@ class GenerationInput(RequestModel):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     """The same, once for each time the answer has it."""
 
-    logit_bias: LogitBias = {}
+    logit_bias: LogitBias = Field({})
     """Token id -> added to its logit, -100 to 100."""
 
     allowed_token_ids: TokenIds | None = None
     """If given, no other token is sampled."""
 
-    stop: Stop = []
+    stop: Stop = Field([])
     """Strings that end the answer, without showing."""
 
-    stop_token_ids: TokenIds = []
+    stop_token_ids: TokenIds = Field([])
     """Token ids that end the answer, without showing."""
 
     include_stop_str_in_output: bool = False
@@ -846,96 +638,3 @@ def _encode_chat(text: str, tokenizer: Tokenizer, *, add_special_tokens: bool) -
     if not ids:
         raise InvalidPromptError("the chat template made a prompt of 0 tokens; at least 1 is needed")
     return EncodedPrompt(tuple(ids), text)
-
-
-# ---- JSON ------------------------------------------------------------------------------------------------------------
-
-
-def parse_json(body: bytes) -> dict[str, Any]:
-    """The JSON object in a body. Raises InvalidBodyError: not UTF-8, broken, no object, a name given twice in one object,
-    more than MAX_DEPTH deep, NaN or Infinity, thousands of digits, an unpaired surrogate."""
-    if not body.strip():
-        raise InvalidBodyError("the body is empty; it must be a JSON object")
-    try:
-        text = body.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InvalidBodyError(
-            f"the body is not valid UTF-8: byte 0x{body[error.start]:02x} at position {error.start}"
-        ) from error
-    try:
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
-    except json.JSONDecodeError as error:
-        raise InvalidBodyError(
-            f"the body is not valid JSON: {error.msg}, line {error.lineno} column {error.colno}"
-        ) from error
-    except ValueError as error:  # an integer of thousands of digits, which Python refuses to read
-        raise InvalidBodyError("the body is not valid JSON: a number has too many digits") from error
-    except RecursionError as error:
-        raise InvalidBodyError(f"the body is nested more than {MAX_DEPTH} deep") from error
-    if type(value) is not dict:
-        raise InvalidBodyError(f"the body is {shown(value)}; it must be a JSON object")
-    if body.count(b"[") + body.count(b"{") > MAX_DEPTH:
-        _check_depth(value)
-    if re.search(rb"\\u[dD][89a-fA-F]", body):
-        _check_surrogates(value)
-    return value
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Two values under one name: which one a client meant nobody knows, and parsers differ."""
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        seen: set[str] = set()
-        for name, _ in pairs:
-            if name in seen:
-                raise InvalidBodyError(f"the name {shown(name)} is given twice in one object")
-            seen.add(name)
-    return value
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise InvalidBodyError(f"the body is not valid JSON: {name} is no number in JSON")
-
-
-def _check_depth(value: Any) -> None:
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        level = [
-            child
-            for container in level
-            for child in (container.values() if type(container) is dict else container)
-            if type(child) is dict or type(child) is list
-        ]
-        if not level:
-            return
-    raise InvalidBodyError(f"the body is nested more than {MAX_DEPTH} deep")
-
-
-def _check_surrogates(value: Any) -> None:
-    """JSON can spell half a character. Nothing that reads text later expects it."""
-    for path, text in _strings(value, ()):
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise InvalidBodyError(
-                f"{path_of(path) or 'a name'} holds an unpaired surrogate, U+{ord(text[error.start]):04X}, at character"
-                f" {error.start}; it must be valid Unicode"
-            ) from error
-
-
-def _strings(value: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    if type(value) is str:
-        yield path, value
-    elif type(value) is list:
-        for i, child in enumerate(value):
-            yield from _strings(child, (*path, i))
-    elif type(value) is dict:
-        for name, child in value.items():
-            yield path, name
-            yield from _strings(child, (*path, name))
-
-
-def _same(value: Any, neutral: Any) -> bool:
-    """Equal, and of one kind: true is not 1."""
-    number = type(value) is int and type(neutral) is float
-    return (number or type(value) is type(neutral)) and value == neutral

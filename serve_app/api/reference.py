@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
+from serve_app.api.messages import Message
 from serve_app.api.protocol import (
     HEADERS,
     WITHOUT_EFFECT,
@@ -12,11 +13,10 @@ from serve_app.api.protocol import (
     CompletionRequest,
     DetokenizeRequest,
     GenerationInput,
-    Message,
-    RequestModel,
     StreamOptions,
     TokenizeRequest,
 )
+from serve_app.api.request_model import RequestModel
 
 HEAD = """# The HTTP API
 

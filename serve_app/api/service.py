@@ -27,10 +27,10 @@ from serve_app.api.protocol import (
     CompletionRequest,
     DetokenizeRequest,
     EncodedPrompt,
-    RequestLimits,
     TokenizeRequest,
     default_chat_max_tokens,
 )
+from serve_app.api.request_model import RequestLimits
 from serve_app.api.resume import MAX_CHOICES, Begun, Resumable
 from serve_app.api.stream import GenerationStream, Leases, prefix_hashes
 from serve_app.config import ServeArgs

@@ -14,7 +14,8 @@ import httpx
 import pytest
 
 from serve_app.api.failover import MAX_DEATHS_ON_TRIAL, SUSPECT_AFTER, TRIAL_TOKENS, Failover, FailoverLimits, Journey
-from serve_app.api.protocol import CompletionRequest, parse_json
+from serve_app.api.json_body import parse_json
+from serve_app.api.protocol import CompletionRequest
 from serve_app.api.stream import GenerationStream
 from serve_app.config import ServeArgs
 from serve_app.engine.engine import Engine

@@ -16,7 +16,8 @@ import openai
 import pytest
 
 from serve_app.api.failover import FailoverLimits
-from serve_app.api.protocol import CompletionRequest, parse_json
+from serve_app.api.json_body import parse_json
+from serve_app.api.protocol import CompletionRequest
 from serve_app.llm import LLM, SamplingParams
 from tests.api.abuses import ABUSES, Abuse
 from tests.api.house import House

@@ -14,21 +14,19 @@ from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
 from serve_app.api.error_response import MAX_MESSAGE_CHARS, error_response
+from serve_app.api.json_body import MAX_DEPTH, parse_json
 from serve_app.api.protocol import (
     CHAT_UNIMPLEMENTED,
     COMPLETION_UNIMPLEMENTED,
-    MAX_DEPTH,
     WITHOUT_EFFECT,
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
     EncodedPrompt,
-    RequestLimits,
-    RequestModel,
     TokenizeRequest,
     default_chat_max_tokens,
-    parse_json,
 )
+from serve_app.api.request_model import RequestLimits, RequestModel
 from serve_app.engine.request import MAX_SEED, SamplingParams
 from serve_app.errors import InvalidBodyError, InvalidPromptError, InvalidRequestError, UnsupportedParameterError
 from serve_app.text.chat_template import ChatTemplate
