@@ -25,6 +25,7 @@ from dataclasses import dataclass
 
 from serve_app.engine.config import EngineConfig
 from serve_app.engine.engine import Engine, Runner, Step
+from serve_app.engine.pooling import Pooled
 from serve_app.engine.request import FinishReason, GenerateRequest, SamplingParams, TokenLogprobs, TokenOutput
 from serve_app.engine.scheduler import Key, Scheduler, SchedulerOutput
 from serve_app.engine.sequence import Sequence, SequenceStatus
@@ -130,9 +131,10 @@ class PaddedScheduler(Scheduler):
         token_ids: list[int],
         logprobs: Mapping[int, TokenLogprobs] | None = None,
         prompt_logprobs: Mapping[Key, list[TokenLogprobs]] | None = None,
+        embeddings: Mapping[Key, Pooled] | None = None,
     ) -> list[TokenOutput]:
         """What padding samples is dropped here."""
-        outputs = super().update(plan, token_ids, logprobs, prompt_logprobs)
+        outputs = super().update(plan, token_ids, logprobs, prompt_logprobs, embeddings)
         return [output for output in outputs if padded_request_id(output.request_id) is None]
 
     def fail(self, sequence: Sequence, error: RaggedServeError) -> None:
@@ -314,6 +316,10 @@ class _CountedStep:
     @property
     def prompt_logprobs(self) -> Mapping[Key, list[TokenLogprobs]]:
         return self._step.prompt_logprobs
+
+    @property
+    def embeddings(self) -> Mapping[Key, Pooled]:
+        return self._step.embeddings
 
     @property
     def num_padded_tokens(self) -> int:

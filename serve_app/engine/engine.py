@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from serve_app.engine.config import EngineConfig
+from serve_app.engine.pooling import Pooled
 from serve_app.engine.request import GenerateRequest, TokenLogprobs, TokenOutput
 from serve_app.engine.scheduler import Key, Scheduler, SchedulerOutput
 from serve_app.engine.step_record import StepRecord, StepRecorder
@@ -32,6 +33,11 @@ class Step(Protocol):
     @property
     def prompt_logprobs(self) -> Mapping[Key, list[TokenLogprobs]]:
         """Sequence key -> one entry per prompt position of its chunk whose next token is in the prompt."""
+        ...
+
+    @property
+    def embeddings(self) -> Mapping[Key, Pooled]:
+        """Key of a sequence with pooling -> what its chunk gave (see serve_app.engine.pooling)."""
         ...
 
     @property
@@ -136,7 +142,7 @@ class Engine:
             record.seconds["wait"] = self.clock() - started
         else:
             waited = self.clock()
-            outputs = self.scheduler.update(plan, token_ids, step.logprobs, step.prompt_logprobs)
+            outputs = self.scheduler.update(plan, token_ids, step.logprobs, step.prompt_logprobs, step.embeddings)
             record.num_padded_tokens = step.num_padded_tokens
             record.seconds.update(step.seconds)
             record.seconds["wait"] = waited - started
@@ -174,7 +180,7 @@ class Engine:
                 else:
                     self.scheduler.fail(sequence, _as_family(again, sequence.key))
             else:
-                outputs += self.scheduler.update(alone, token_ids, step.logprobs, step.prompt_logprobs)
+                outputs += self.scheduler.update(alone, token_ids, step.logprobs, step.prompt_logprobs, step.embeddings)
         return outputs + self.scheduler.take_ended()
 
     def _record(self, plan: SchedulerOutput, started: float) -> StepRecord:
@@ -199,6 +205,7 @@ class _FailedStep:
 
     logprobs: Mapping[int, TokenLogprobs] = {}
     prompt_logprobs: Mapping[Key, list[TokenLogprobs]] = {}
+    embeddings: Mapping[Key, Pooled] = {}
     num_padded_tokens = 0
     seconds: Mapping[str, float] = {}
 

@@ -1,4 +1,5 @@
-"""What crosses process borders: SamplingParams, GenerateRequest, TokenOutput. Knows ranges; knows no model, no text."""
+"""What crosses process borders: SamplingParams, PoolingParams, GenerateRequest, TokenOutput. Knows ranges; knows no model,
+no text."""
 
 from __future__ import annotations
 
@@ -15,6 +16,8 @@ MAX_N = 128
 MAX_LOGPROBS = 64
 MAX_STOP_STRINGS = 64
 MAX_SEED = 2**64 - 1
+
+POOLINGS = ("last", "mean")
 MAX_GRAMMAR_LENGTH = 2**18
 """Characters of a grammar: a JSON schema of this size is far past what compiles in time."""
 
@@ -168,6 +171,26 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
+class PoolingParams:
+    """How a prompt becomes one vector. Raises InvalidParameterError naming field, value and range."""
+
+    kind: str = "last"
+    """last: the hidden state of the last token; mean: the mean over all tokens. Behind the model's final norm."""
+
+    dimensions: int | None = None
+    """Leading elements that are kept; what is left out does not count for the length. None: all."""
+
+    normalize: bool = True
+    """Scale the vector to length 1 (of zeros alone, it stays)."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in POOLINGS:
+            raise InvalidParameterError("pooling", self.kind, f"one of {', '.join(POOLINGS)}")
+        if self.dimensions is not None:
+            _check_int("dimensions", self.dimensions, 1, None)
+
+
+@dataclass(frozen=True)
 class GenerateRequest:
     """One choice of one request, as it is submitted to an engine. Frozen, cheap to pickle, crosses processes."""
 
@@ -194,6 +217,14 @@ class GenerateRequest:
 
     lease_id: str | None = None
     attempt: int = 0
+
+    pooling: PoolingParams | None = None
+    """Given: the request has one choice and no output but TokenOutput.embedding, with which it ends."""
+
+    @property
+    def needs_every_position(self) -> bool:
+        """Its prompt is computed in full: what the prefix cache has of it says nothing of hidden states and logits."""
+        return self.sampling.prompt_logprobs is not None or (self.pooling is not None and self.pooling.kind == "mean")
 
 
 class TokenLogprobs(NamedTuple):
@@ -228,6 +259,9 @@ class TokenOutput(NamedTuple):
 
     error: str | None = None
     error_code: str | None = None
+
+    embedding: bytes | None = None
+    """float32, little-endian: what a request with `pooling` ends with."""
 
 
 def _check_int(name: str, value: object, low: int, high: int | None) -> None:

@@ -22,6 +22,7 @@ from operator import attrgetter
 
 from serve_app.engine.block_pool import BlockPool, hash_block, root_hash
 from serve_app.engine.config import EngineConfig
+from serve_app.engine.pooling import Pooled, vector_of
 from serve_app.engine.request import MAX_N, FinishReason, GenerateRequest, TokenLogprobs, TokenOutput
 from serve_app.engine.sequence import Sequence, SequenceStatus
 from serve_app.engine.step_record import SequenceStep
@@ -149,14 +150,17 @@ class Scheduler:
         prompt = first.prompt_token_ids
         if not prompt:
             raise InvalidPromptError("the prompt has 0 tokens; at least 1 is needed")
-        if len(prompt) >= self.max_model_len:
+        longest = self.max_model_len - (first.pooling is None)
+        if len(prompt) > longest:
             raise ContextLengthError(
                 f"the prompt has {len(prompt)} tokens; with max_model_len {self.max_model_len}"
-                f" it may have at most {self.max_model_len - 1}"
+                f" it may have at most {longest}"
             )
         if len(requests) > self.config.max_num_seqs:
             raise InvalidParameterError("n", len(requests), f"at most max_num_seqs ({self.config.max_num_seqs})")
         self._check_token_ids("prompt", prompt)
+        if any(request.pooling is not None for request in requests):
+            self._check_pooled(requests)
         choices = [request.choice_index for request in requests]
         for request in requests:
             if not 0 <= request.choice_index < MAX_N:
@@ -190,6 +194,18 @@ class Scheduler:
             raise RequestTooLargeError(
                 f"{len(prompt)} prompt tokens and up to {tokens} output tokens need {needed} KV blocks of"
                 f" {self.block_size} tokens; the pool has {self.pool.num_blocks}"
+            )
+
+    def _check_pooled(self, requests: list[GenerateRequest]) -> None:
+        """A vector has no choices, and nothing stands before it or beside it."""
+        first = requests[0]
+        if len(requests) > 1:
+            raise InvalidParameterError("n", len(requests), "1 where pooling is given")
+        if first.output_token_ids:
+            raise InvalidParameterError("output_token_ids", len(first.output_token_ids), "empty where pooling is given")
+        if first.sampling.prompt_logprobs is not None:
+            raise InvalidParameterError(
+                "prompt_logprobs", first.sampling.prompt_logprobs, "left out where pooling is given"
             )
 
     def _check_token_ids(self, name: str, token_ids: tuple[int, ...]) -> None:
@@ -295,11 +311,13 @@ class Scheduler:
         token_ids: list[int],
         logprobs: Mapping[int, TokenLogprobs] | None = None,
         prompt_logprobs: Mapping[Key, list[TokenLogprobs]] | None = None,
+        embeddings: Mapping[Key, Pooled] | None = None,
     ) -> list[TokenOutput]:
         """The one place where a sequence advances, finishes and frees its blocks.
 
         ``token_ids`` has one entry for each scheduled sequence that samples, in the order of the plan; ``logprobs``
-        maps an index in it, ``prompt_logprobs`` a sequence's key (with one entry per computed prompt position).
+        maps an index in it, ``prompt_logprobs`` a sequence's key (with one entry per computed prompt position), and so
+        does ``embeddings`` (with what its chunk gave).
         """
         outputs: list[TokenOutput] = []
         i_sampled = -1
@@ -312,6 +330,8 @@ class Scheduler:
                 continue  # aborted, or ended by the step before: the extra token is dropped
             if prompt_logprobs and sequence.key in prompt_logprobs:
                 self._take_prompt_logprobs(sequence, item.start, prompt_logprobs[sequence.key])
+            if embeddings and sequence.key in embeddings:
+                self._take_pooled(sequence, item, embeddings[sequence.key])
             if self._copies:
                 self._release_copy(sequence)
             num_computed = item.start + item.num_tokens
@@ -324,6 +344,9 @@ class Scheduler:
                 outputs.append(
                     self._append_token(sequence, token_ids[i_sampled], logprobs.get(i_sampled) if logprobs else None)
                 )
+            elif num_computed == len(sequence.token_ids) and sequence.request.pooling is not None:
+                sequence.num_pending -= 1
+                outputs.append(self._end_with_vector(sequence))
         return outputs
 
     # ---- parts of schedule ---------------------------------------------------------------------------------------
@@ -383,6 +406,8 @@ class Scheduler:
         sequence.num_computed_tokens = end
         if samples:
             sequence.num_pending += 1
+            if sequence.request.pooling is not None:
+                samples = False  # what comes is its vector
         plan.scheduled.append(ScheduledSequence(sequence, start, num_tokens, samples, recomputed))
         plan.num_tokens += num_tokens
         return num_tokens
@@ -467,7 +492,7 @@ class Scheduler:
         return True
 
     def _find_prefix(self, sequence: Sequence) -> list[int]:
-        if not self.config.enable_prefix_caching or sequence.request.sampling.prompt_logprobs is not None:
+        if not self.config.enable_prefix_caching or sequence.request.needs_every_position:
             return []
         self._extend_hashes(sequence, len(sequence.token_ids) // self.block_size)
         return self.pool.find(sequence.block_hashes)
@@ -475,7 +500,7 @@ class Scheduler:
     def _take_prefix(self, sequence: Sequence, found: list[int]) -> None:
         """Starts behind the cached prefix. The last known token is always computed: somebody must make its logits."""
         num_found = len(found) * self.block_size
-        looked = self.config.enable_prefix_caching and sequence.request.sampling.prompt_logprobs is None
+        looked = self.config.enable_prefix_caching and not sequence.request.needs_every_position
         if looked and sequence.num_preemptions == 0:
             sequence.num_cached_tokens = min(num_found, sequence.num_prompt_tokens)
             self.num_prefix_queries += sequence.num_prompt_tokens
@@ -528,7 +553,32 @@ class Scheduler:
                 sequence.num_cached_tokens,
                 None,
                 None,
+                None,
             ),
+        )
+
+    def _take_pooled(self, sequence: Sequence, item: ScheduledSequence, part: Pooled) -> None:
+        """A computation from the beginning replaces an earlier one, of which a part may still come behind a preemption."""
+        assert sequence.request.pooling is not None
+        if sequence.request.pooling.kind == "last":
+            sequence.pooled, sequence.num_pooled_tokens = part, sequence.num_prompt_tokens
+            return
+        if item.start == 0:
+            sequence.pooled, sequence.num_pooled_tokens = part, item.num_tokens
+        elif item.start == sequence.num_pooled_tokens:
+            assert sequence.pooled is not None
+            sequence.pooled = sequence.pooled + part
+            sequence.num_pooled_tokens += item.num_tokens
+
+    def _end_with_vector(self, sequence: Sequence) -> TokenOutput:
+        pooled, params, num_tokens = sequence.pooled, sequence.request.pooling, sequence.num_prompt_tokens
+        assert pooled is not None and params is not None and sequence.num_pooled_tokens == num_tokens, sequence
+        self._drop(sequence, FinishReason.STOP)
+        return TokenOutput(
+            *sequence.key,
+            finish_reason=FinishReason.STOP,
+            num_cached_tokens=sequence.num_cached_tokens,
+            embedding=vector_of(pooled, params, num_tokens),
         )
 
     def _take_prompt_logprobs(self, sequence: Sequence, start: int, logprobs: list[TokenLogprobs]) -> None:
@@ -633,6 +683,8 @@ class Scheduler:
     # ---- queries -------------------------------------------------------------------------------------------------
 
     def _max_output_tokens(self, request: GenerateRequest) -> int:
+        if request.pooling is not None:
+            return 1  # the vector, which like a last token takes no slot
         room = self.max_model_len - len(request.prompt_token_ids)
         wanted = request.sampling.max_tokens
         return room if wanted is None else min(wanted, room)

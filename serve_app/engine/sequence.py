@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import enum
 
+from serve_app.engine.pooling import Pooled
 from serve_app.engine.request import FinishReason, GenerateRequest, TokenLogprobs
 
 
@@ -37,6 +38,7 @@ class Sequence:
         "num_computed_tokens",
         "num_highwater_tokens",
         "num_pending",
+        "num_pooled_tokens",
         "num_preemptions",
         "num_prompt_logprobs",
         "num_prompt_tokens",
@@ -44,6 +46,7 @@ class Sequence:
         "num_shared_tokens",
         "num_skipped",
         "order",
+        "pooled",
         "prompt_logprobs",
         "request",
         "slot",
@@ -74,7 +77,7 @@ class Sequence:
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.token_ids: list[int] = [*request.prompt_token_ids, *request.output_token_ids]
         self.num_pending = 0
-        """Tokens sampled by launched steps whose results have not been read yet."""
+        """Tokens sampled by launched steps whose results have not been read yet; of a request with pooling, its vector."""
         self.num_computed_tokens = 0
         self.num_highwater_tokens = 0
         """Most tokens ever computed; what is scheduled below it is recomputation."""
@@ -102,6 +105,10 @@ class Sequence:
         """Requests admitted past this one while it waited for room."""
         self.num_prompt_logprobs = 0
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
+        self.pooled: Pooled | None = None
+        """Of a request with pooling: what the chunks gave that were read."""
+        self.num_pooled_tokens = 0
+        """Prompt tokens that are in it."""
 
     @property
     def num_tokens(self) -> int:

@@ -1,9 +1,9 @@
 """SimulatedRunner: a Runner with a cost model and scripted tokens. The whole service without weights or torch.
 
 It keeps a KV cache of its own, in which the entry of a position is a digest of every token up to it, read and written
-through the block tables it is given. A token depends on the digest before it, so a lost block, a wrong slot, a skipped
-token or a block shared with the wrong prefix changes the output, as it would with a real model. With ``verify`` every
-entry behind a token is read, as attention does, and one that is not the sequence's own raises.
+through the block tables it is given. A token, and a hidden state, depends on the digest before it, so a lost block, a
+wrong slot, a skipped token or a block shared with the wrong prefix changes the output, as it would with a real model.
+With ``verify`` every entry behind a token is read, as attention does, and one that is not the sequence's own raises.
 
 Cost of a step in seconds: ``a + b * tokens + c * sum(query_len * kv_len)``.
 """
@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from serve_app.engine.pooling import FRACTION_BITS, Pooled
 from serve_app.engine.request import TokenLogprobs
 from serve_app.engine.scheduler import Key, ScheduledSequence, SchedulerOutput
 from serve_app.engine.sequence import Sequence
@@ -53,6 +54,7 @@ class SimulatedRunner:
         block_size: int = 32,
         max_model_len: int = 4096,
         vocab_size: int = 32000,
+        hidden_size: int = 16,
         eos_token_ids: frozenset[int] = frozenset(),
         seconds_per_step: float = 0.0,
         seconds_per_token: float = 0.0,
@@ -66,6 +68,7 @@ class SimulatedRunner:
         self.block_size = block_size
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
         self.eos_token_ids = eos_token_ids
         self.max_steps_in_flight = max_steps_in_flight
         self.seconds_per_step = seconds_per_step
@@ -111,14 +114,24 @@ class SimulatedRunner:
             self._check_context(sequence, item.start)
         num_top = sequence.request.sampling.prompt_logprobs
         prompt_logprobs = []
+        pooled: Pooled | None = None
         for position in range(item.start, item.start + item.num_tokens):
             digest = _mix(digest, self._token_at(sequence, position))
             if position >= sequence.num_shared_tokens:
                 self._write(sequence, position, digest)
             if num_top is not None and position + 1 < sequence.num_prompt_tokens:
                 prompt_logprobs.append(self._logprobs(digest, sequence.token_ids[position + 1], num_top))
+            if sequence.request.pooling is not None:
+                row = self._hidden_state(digest)
+                if sequence.request.pooling.kind == "mean":
+                    row = row.astype(np.int64) << FRACTION_BITS
+                    pooled = row if pooled is None else pooled + row
+                elif position == sequence.num_prompt_tokens - 1:
+                    pooled = row
         if prompt_logprobs:
             step.prompt_logprobs[sequence.key] = prompt_logprobs
+        if pooled is not None:
+            step.embeddings[sequence.key] = pooled
         return digest
 
     def _sample(self, sequence: Sequence, position: int, digest: int) -> int:
@@ -130,6 +143,10 @@ class SimulatedRunner:
             while token in sequence.stop_ids:
                 token = (token + 1) % self.vocab_size
         return token
+
+    def _hidden_state(self, digest: int) -> Pooled:
+        """float32 [hidden_size]: whole numbers from -8 to 7."""
+        return np.array([_mix(digest, i) % 16 - 8 for i in range(self.hidden_size)], dtype=np.float32)
 
     def _logprobs(self, digest: int, token_id: int, num_top: int) -> TokenLogprobs:
         """Made up, but of one piece: token ``digest % V`` is the likeliest, each next one an eighth of a nat less."""
@@ -168,6 +185,7 @@ class SimulatedStep:
         self.sampled: list[int] = []
         self.logprobs: dict[int, TokenLogprobs] = {}
         self.prompt_logprobs: dict[Key, list[TokenLogprobs]] = {}
+        self.embeddings: dict[Key, Pooled] = {}
         self.seconds = {"model": cost}
         self._cost = cost
         self._sleep = sleep

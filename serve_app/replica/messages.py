@@ -145,7 +145,10 @@ class Outbox:
 
 
 def size_of(output: TokenOutput) -> int:
-    """Tokens of an output, each with the log-probabilities that stand beside it; at least 1."""
+    """Tokens of an output, each with the log-probabilities that stand beside it; at least 1. 64 bytes of an embedding
+    count as one."""
+    if output.embedding is not None:
+        return 1 + len(output.embedding) // 64
     if output.logprobs is None and output.prompt_logprobs is None:
         return len(output.token_ids) or 1
     entries = (*(output.logprobs or ()), *(output.prompt_logprobs or ()))
@@ -164,7 +167,7 @@ def merge(first: TokenOutput, second: TokenOutput) -> TokenOutput:
 
 def decode(rich: tuple[Any, ...], request_id: str, choice_index: int) -> TokenOutput:
     """The output in one tuple of a message's ``rich`` (see Message), whose first element is the key."""
-    _, token_ids, logprobs, prompt_logprobs, reason, stop_token_id, num_cached_tokens, error, error_code = rich
+    _, token_ids, logprobs, prompt_logprobs, reason, stop_token_id, num_cached_tokens, error, error_code, embedding = rich
     return TokenOutput(
         request_id,
         choice_index,
@@ -178,6 +181,7 @@ def decode(rich: tuple[Any, ...], request_id: str, choice_index: int) -> TokenOu
         num_cached_tokens,
         error,
         error_code,
+        embedding,
     )
 
 

@@ -6,7 +6,8 @@
     cu_seqlens_q   0                           3                     4       6         int32  [B+1]
     logits_indices        2                    3                                       int64  [S], rows that sample
 
-Rows whose logits are wanted for prompt_logprobs stand behind the rows that sample. A CPU takes the arrays as they are
+Rows whose logits are wanted for prompt_logprobs stand behind the rows that sample, and behind those the rows of prompts
+that are pooled, of which the hidden states are wanted alone. A CPU takes the arrays as they are
 (`BatchBuilder.build`); a GPU gets them in one copy (runner/packed_batch.py).
 """
 
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from serve_app.engine.scheduler import Key, SchedulerOutput
+from serve_app.engine.scheduler import Key, ScheduledSequence, SchedulerOutput
 from serve_app.engine.sequence import Sequence
 from serve_app.kernels.metadata import AttentionMetadata
 
@@ -30,6 +31,16 @@ class PromptRows(NamedTuple):
     start: int
     token_ids: list[int]
     num_top: int
+
+
+class PooledRows(NamedTuple):
+    """Rows [start, start + num) of a pooled prompt: the whole chunk, or its last token."""
+
+    key: Key
+    start: int
+    num: int
+    kind: str
+    """Of PoolingParams."""
 
 
 class NewBlocks(NamedTuple):
@@ -52,12 +63,13 @@ class Rows(NamedTuple):
     slots: list[int]
     """[B]: each sequence's place, which is its row in the block tables."""
     logits_rows: list[int]
-    """[S]."""
+    """[S]: what samples, then what is asked for prompt_logprobs, then what is pooled."""
     sampling: list[Sequence]
     """The sequences that sample; row i of the logits belongs to sampling[i]."""
     sampled_positions: list[int]
     """Where the sampled tokens will stand."""
     prompt_rows: list[PromptRows]
+    pooled_rows: list[PooledRows]
     new_blocks: list[NewBlocks]
     max_query_len: int
 
@@ -79,6 +91,7 @@ class Batch(NamedTuple):
     sampling: list[Sequence]
     """The sequences that sample; row i of the logits belongs to sampling[i]."""
     prompt_rows: list[PromptRows]
+    pooled_rows: list[PooledRows]
 
 
 class BatchBuilder:
@@ -106,7 +119,8 @@ class BatchBuilder:
             max_seq_len=max_seq_len,
         )
         logits_indices = torch.tensor(rows.logits_rows, dtype=torch.int64)
-        return Batch(torch.tensor(rows.input_ids), metadata, logits_indices, rows.sampling, rows.prompt_rows)
+        ids = torch.tensor(rows.input_ids)
+        return Batch(ids, metadata, logits_indices, rows.sampling, rows.prompt_rows, rows.pooled_rows)
 
     def arrange(self, plan: SchedulerOutput) -> Rows:
         """What is in ``new_blocks`` is told once: see `forget`."""
@@ -120,6 +134,8 @@ class BatchBuilder:
         sampled_positions: list[int] = []
         logits_rows: list[int] = []
         prompt_rows: list[PromptRows] = []
+        pooled: list[tuple[ScheduledSequence, int, str]] = []
+        pooled_rows: list[PooledRows] = []
         new_blocks: list[NewBlocks] = []
         for item in plan.scheduled:
             sequence, start, num = item.sequence, item.start, item.num_tokens
@@ -142,13 +158,23 @@ class BatchBuilder:
                 sampled_positions.append(start + num)
                 logits_rows.append(len(input_ids) - 1)
         for item, end in zip(plan.scheduled, np.cumsum(lens).tolist(), strict=True):
-            num_top = item.sequence.request.sampling.prompt_logprobs
+            request = item.sequence.request
+            if request.pooling is not None:
+                pooled.append((item, end, request.pooling.kind))
+                continue
+            num_top = request.sampling.prompt_logprobs
             if num_top is not None and item.start < item.sequence.num_prompt_tokens:
                 first = end - item.num_tokens
                 num = min(item.num_tokens, item.sequence.num_prompt_tokens - 1 - item.start)
                 targets = item.sequence.token_ids[item.start + 1 : item.start + 1 + num]
                 prompt_rows.append(PromptRows(item.sequence.key, len(logits_rows), targets, num_top))
                 logits_rows += range(first, first + num)
+        for item, end, kind in pooled:
+            is_last = item.start + item.num_tokens == item.sequence.num_prompt_tokens
+            num = item.num_tokens if kind == "mean" else int(is_last)
+            if num:
+                pooled_rows.append(PooledRows(item.sequence.key, len(logits_rows), num, kind))
+                logits_rows += range(end - num, end)
 
         num_tokens = len(input_ids)
         cu_seqlens = np.zeros(num_seqs + 1, dtype=np.int32)
@@ -178,6 +204,7 @@ class BatchBuilder:
             sampling,
             sampled_positions,
             prompt_rows,
+            pooled_rows,
             new_blocks,
             max(lens),
         )

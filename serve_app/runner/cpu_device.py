@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 
 from serve_app.engine.config import EngineConfig
+from serve_app.engine.pooling import Pooled
 from serve_app.engine.request import TokenLogprobs
 from serve_app.engine.scheduler import Key, SchedulerOutput
 from serve_app.errors import ConfigurationError, DeterminismError
@@ -21,7 +22,7 @@ from serve_app.kernels.simd import LANES
 from serve_app.logs import get_logger
 from serve_app.models.decoder import Decoder
 from serve_app.models.decoder_config import DecoderConfig
-from serve_app.runner import machine, numerics
+from serve_app.runner import machine, numerics, pooler
 from serve_app.runner.batch import Batch, BatchBuilder
 from serve_app.runner.device import ComputedStep, MakeModel
 from serve_app.runner.kv_cache import KVCache, num_blocks_that_fit
@@ -126,7 +127,16 @@ class CpuDevice:
         built = time.perf_counter()
         products = self.model.layers[0].linears  # of all the step's rows; a padded row is padded in each layer
         padded = [linear.num_padded_rows for linear in products]
-        logits = self.model.forward(batch.input_ids, batch.metadata, batch.logits_indices, self.cache.k, self.cache.v)
+        inputs = batch.input_ids, batch.metadata, batch.logits_indices, self.cache.k, self.cache.v
+        embeddings: dict[Key, Pooled] = {}
+        if batch.pooled_rows:
+            hidden = self.model.hidden_states(*inputs)
+            for rows in batch.pooled_rows:
+                part = pooler.pool(hidden[rows.start : rows.start + rows.num], rows.kind)
+                embeddings[rows.key] = pooler.read(part.numpy(), rows.key)
+            logits = self.model.head(hidden[: batch.pooled_rows[0].start])
+        else:
+            logits = self.model.forward(*inputs)
         computed = time.perf_counter()
         num_sampled = len(batch.sampling)
         token_ids: list[int] = []
@@ -140,7 +150,7 @@ class CpuDevice:
             "sampler": time.perf_counter() - computed,
         }
         num_padded = max(linear.num_padded_rows - before for linear, before in zip(products, padded, strict=True))
-        return ComputedStep(token_ids, logprobs, prompt_logprobs, num_padded, seconds)
+        return ComputedStep(token_ids, logprobs, prompt_logprobs, num_padded, seconds, embeddings)
 
     def _use_threads(self) -> None:
         """OpenMP's thread count belongs to the calling thread: others may have changed it, or the engine has moved."""

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from serve_app.engine.config import EngineConfig
+from serve_app.engine.pooling import Pooled
 from serve_app.engine.request import TokenLogprobs
 from serve_app.engine.scheduler import Key, SchedulerOutput
 from serve_app.errors import ConfigurationError, DeviceLostError, RaggedServeError
@@ -32,11 +33,11 @@ from serve_app.kernels.work_list import MAX_SPLITS, MIN_SPLIT_KEYS, WorkList, pl
 from serve_app.logs import get_logger
 from serve_app.models.decoder import Decoder
 from serve_app.models.decoder_config import DecoderConfig
-from serve_app.runner import machine
+from serve_app.runner import machine, pooler
 from serve_app.runner.batch import BatchBuilder, Rows
 from serve_app.runner.cuda_graphs import DecodeGraphs, bucket_sizes
 from serve_app.runner.device import MakeModel
-from serve_app.runner.device_sampler import DeviceSampler, PendingLogprobs, SampledStep
+from serve_app.runner.device_sampler import DeviceSampler, PendingCopy, PendingLogprobs, SampledStep
 from serve_app.runner.gpu import Gpu
 from serve_app.runner.kv_cache import GpuKVCache, GpuMemory, KVCache, num_blocks_on_gpu
 from serve_app.runner.packed_batch import DeviceState, Layout, PackedBatch, Sizes, StepInputs, num_elements_of
@@ -232,9 +233,10 @@ class CudaDevice:
             self.state.keep_tokens(inputs.fields["token_slots"][:num_sampled], sampled.token_ids)
             sampled.start_copy()
         prompt_logprobs = self._prompt_logprobs(rows, hidden_SE)
+        embeddings = self._embeddings(rows, hidden_SE)
         seconds = {"batch": packed - started, "enqueue": time.perf_counter() - packed}
         num_padded = 0 if bucket is None else bucket - rows.num_tokens
-        return LaunchedStep(self, sampled, prompt_logprobs, num_padded, seconds)
+        return LaunchedStep(self, sampled, prompt_logprobs, embeddings, num_padded, seconds)
 
     def _plan_work(self, plan: SchedulerOutput, rows: Rows) -> WorkList:
         num_prompt = None
@@ -285,6 +287,13 @@ class CudaDevice:
                 parts.append(pending)
         return found
 
+    def _embeddings(self, rows: Rows, hidden_SE: torch.Tensor) -> dict[Key, PendingCopy]:
+        found: dict[Key, PendingCopy] = {}
+        for key, start, num, kind in rows.pooled_rows:
+            pending = found[key] = PendingCopy(pooler.pool(hidden_SE[start : start + num], kind))
+            pending.start()
+        return found
+
     def raise_if_lost(self, error: BaseException) -> None:
         """Raises DeviceLostError if no further call to the device can succeed. A mistake of one step is left alone."""
         if isinstance(error, RaggedServeError) or not isinstance(error, Exception):
@@ -303,15 +312,18 @@ class LaunchedStep:
         device: CudaDevice,
         sampled: SampledStep | None,
         prompt_logprobs: dict[Key, list[PendingLogprobs]],
+        embeddings: dict[Key, PendingCopy],
         num_padded_tokens: int,
         seconds: Mapping[str, float],
     ) -> None:
         self._device = device
         self._sampled = sampled
         self._pending = prompt_logprobs
+        self._pending_embeddings = embeddings
         self._token_ids: list[int] = []
         self.logprobs: Mapping[int, TokenLogprobs] = {}
         self.prompt_logprobs: Mapping[Key, list[TokenLogprobs]] = {}
+        self.embeddings: Mapping[Key, Pooled] = {}
         self.num_padded_tokens = num_padded_tokens
         self.seconds = seconds
 
@@ -325,6 +337,9 @@ class LaunchedStep:
                     key: [entry for part in parts for entry in part.read()] for key, parts in self._pending.items()
                 }
                 self._pending = {}
+            if self._pending_embeddings:
+                self.embeddings = {key: pooler.read(x.wait(), key) for key, x in self._pending_embeddings.items()}
+                self._pending_embeddings = {}
         except Exception as error:
             self._device.raise_if_lost(error)
             raise

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from serve_app.engine.engine import Step
+from serve_app.engine.pooling import Pooled
 from serve_app.engine.request import TokenLogprobs
 from serve_app.engine.scheduler import Key, SchedulerOutput
 from serve_app.kernels.ops import Ops
@@ -71,12 +72,14 @@ class ComputedStep:
         prompt_logprobs: Mapping[Key, list[TokenLogprobs]],
         num_padded_tokens: int,
         seconds: Mapping[str, float],
+        embeddings: Mapping[Key, Pooled] | None = None,
     ) -> None:
         self._token_ids = token_ids
         self.logprobs = logprobs
         self.prompt_logprobs = prompt_logprobs
         self.num_padded_tokens = num_padded_tokens
         self.seconds = seconds
+        self.embeddings = embeddings or {}
 
     def token_ids(self) -> list[int]:
         return self._token_ids

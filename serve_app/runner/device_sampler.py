@@ -71,7 +71,7 @@ class SampledStep:
 
     def __init__(self, plan: SamplingPlan, out: torch.Tensor, logprobs: PendingLogprobs | None) -> None:
         self._plan = plan
-        self._out = _Copy(out)
+        self._out = PendingCopy(out)
         self._logprobs = logprobs
         self.token_ids = out[0]
         """int32 [num_rows], contiguous, on the device. 0 in a row that failed; rows of padding have some token."""
@@ -115,7 +115,7 @@ class PendingLogprobs:
         self._rows = rows
         self._token_ids = token_ids
         self._num_top = num_top
-        self.parts: list[_Copy] = []
+        self.parts: list[PendingCopy] = []
 
     def start_copy(self) -> None:
         for part in self.parts:
@@ -399,7 +399,7 @@ class DeviceSampler:
                 on_device if chosen is None else chosen,
                 words,
             )
-            pending.parts.append(_Copy(words))
+            pending.parts.append(PendingCopy(words))
         return pending
 
     def _edit(self, logits_SV: torch.Tensor, plan: SamplingPlan, rows: torch.Tensor) -> torch.Tensor:
@@ -461,8 +461,8 @@ class DeviceSampler:
         return 3 * 4 * self.max_num_seqs * self.vocab_size
 
 
-class _Copy:
-    """A device tensor on its way to the host."""
+class PendingCopy:
+    """A device tensor on its way to the host: `start` queues the copy, `wait` gives the array."""
 
     def __init__(self, source: torch.Tensor) -> None:
         self._source = source

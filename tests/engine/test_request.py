@@ -173,14 +173,14 @@ def test_an_output_crosses_processes_whole() -> None:
             GenerateRequest,
             (
                 "request_id prompt_token_ids sampling output_token_ids choice_index priority cache_salt remaining_ms"
-                " lease_id attempt"
+                " lease_id attempt pooling"
             ),
         ),
         (
             TokenOutput,
             (
                 "request_id choice_index token_ids logprobs prompt_logprobs finish_reason stop_token_id num_cached_tokens"
-                " error error_code"
+                " error error_code embedding"
             ),
         ),
         (

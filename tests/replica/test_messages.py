@@ -38,6 +38,7 @@ def random_output(rng: random.Random, key: int, num_cached: int, is_last: bool) 
         num_cached,
         "why" if is_last else None,
         "code" if is_last else None,
+        bytes(range(8)) if is_last and key % 2 else None,
     )
 
 
@@ -125,3 +126,4 @@ def test_sizes_count_log_probabilities() -> None:
     assert size_of(TokenOutput("a", 0)) == 1
     assert size_of(TokenOutput("a", 0, (1, 2, 3))) == 3
     assert size_of(TokenOutput("a", 0, (1,), (entry,), (None, entry, entry))) == 1 + 3 * 3
+    assert size_of(TokenOutput("a", 0, embedding=bytes(4 * 1024))) == 1 + 64
