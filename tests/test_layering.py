@@ -39,7 +39,7 @@ CORE_FILES = (
     "routing/ledger.py",
     "replica/lease_table.py",
 )
-TEXT_PACKAGES = frozenset({"numpy", "tokenizers", "jinja2", "huggingface_hub"})
+TEXT_PACKAGES = frozenset({"numpy", "tokenizers", "jinja2", "huggingface_hub", "llguidance"})
 DEVICE_PACKAGES = frozenset(
     {"numpy", "torch", "triton", "numba", "llvmlite", "safetensors", "huggingface_hub", "transformers", "tqdm"}
 )
@@ -87,8 +87,19 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("text/detokenizer.py", TEXT),
     ("text/stop_strings.py", TEXT),
     ("text/text_stream.py", TEXT),
+    ("text/pooling_config.py", TEXT),
+    ("text/json_schema.py", TEXT),
+    ("text/grammar.py", TEXT),
+    ("text/grammar_helper.py", TEXT),
+    ("text/grammar_check.py", TEXT),
     ("text/output_parser.py", TEXT),
     ("text/reasoning_formats.py", TEXT),
+    ("text/tool_reader.py", TEXT),
+    ("text/json_tool_calls.py", TEXT),
+    ("text/pythonic_tool_calls.py", TEXT),
+    ("text/qwen3_coder_tool_calls.py", TEXT),
+    ("text/tool_formats.py", TEXT),
+    ("text/output_format.py", TEXT),
     # the device side, and the engine used from Python
     ("kernels/work_list.py", DEVICE),
     ("kernels/metadata.py", DEVICE),
@@ -104,6 +115,9 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("kernels/cuda_linear.py", DEVICE),
     ("kernels/cuda.py", DEVICE),
     ("kernels/ops.py", DEVICE),
+    ("models/model.py", DEVICE),
+    ("models/transformers_parts.py", DEVICE),
+    ("models/transformers_config.py", DEVICE),
     ("models/decoder_config.py", DEVICE),
     ("models/rope.py", DEVICE),
     ("models/weights.py", DEVICE),
@@ -123,6 +137,7 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("runner/numerics.py", DEVICE),
     ("runner/machine.py", DEVICE),
     ("runner/device.py", DEVICE),
+    ("runner/self_check.py", DEVICE),
     ("runner/cpu_device.py", DEVICE),
     ("runner/cuda_device.py", DEVICE),
     ("runner/model_runner.py", DEVICE),
@@ -136,6 +151,7 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("api/request_model.py", SERVICE),
     ("api/messages.py", SERVICE),
     ("api/protocol.py", SERVICE),
+    ("api/embeddings.py", SERVICE),
     ("api/event_id.py", SERVICE),
     ("api/answers.py", SERVICE),
     ("api/reference.py", SERVICE),

@@ -1,0 +1,140 @@
+"""OutputFormat: how one model writes reasoning and tool calls, found once from its tokenizer and the configuration.
+
+Makes the parsers of requests. Knows the tables of formats and the tokenizer; knows no request and no HTTP.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from serve_app.errors import ConfigurationError
+from serve_app.text.output_parser import OutputDelta, OutputParser, PlainParser, ReasoningThenTools
+from serve_app.text.reasoning_formats import (
+    REASONING_FORMATS,
+    ReasoningFormat,
+    detect_reasoning_format,
+    num_held_back,
+)
+from serve_app.text.tokenizer import Tokenizer
+from serve_app.text.tool_formats import TOOL_FORMATS, ToolFormat, ToolSchemas, detect_tool_format
+
+AUTO, NONE = "auto", "none"
+TOOL_FORMAT_NAMES = (AUTO, NONE, *(format.name for format in TOOL_FORMATS))
+REASONING_FORMAT_NAMES = (AUTO, NONE, *(format.name for format in REASONING_FORMATS))
+"""What the configuration may say. auto: as the chat template tells."""
+
+
+@dataclass(frozen=True)
+class OutputFormat:
+    """The formats of one model."""
+
+    tools: ToolFormat | None = None
+    """None: the model has no tools, or writes its calls in a way that is not known here."""
+
+    reasoning: ReasoningFormat | None = None
+    """None: the model does not mark its reasoning."""
+
+    special_markers: tuple[str, ...] = ()
+    """Those of the markers that are special tokens of the model."""
+
+    special_ids: frozenset[int] = frozenset()
+    """Their ids."""
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, tool_format: str = AUTO, reasoning_format: str = AUTO) -> OutputFormat:
+        """The formats that the configuration names, or those that fit the model's chat template (the one for tools, if it
+        has one). Raises ConfigurationError for a name that is none of the tables'."""
+        templates = tokenizer.chat_templates
+        template = templates.get("tool_use") or templates.get("default") or ""
+        tools = _named(tool_format, TOOL_FORMATS, "tool_format", detect_tool_format(template))
+        reasoning = _named(reasoning_format, REASONING_FORMATS, "reasoning_format", detect_reasoning_format(template))
+        markers = {
+            marker: token_id
+            for format in (tools, reasoning)
+            if format is not None
+            for marker in format.markers
+            if (token_id := tokenizer.token_to_id(marker)) is not None and token_id in tokenizer.special_ids
+        }
+        return cls(tools, reasoning, tuple(markers), frozenset(markers.values()))
+
+    def parser(
+        self,
+        prompt: str,
+        *,
+        tools: ToolSchemas | None = None,
+        final_message: str | None = None,
+        reads_reasoning: bool = True,
+        skip_special_tokens: bool = True,
+    ) -> OutputParser | None:
+        """The parser of one choice, or None where all of its text is content.
+
+        ``prompt``: its text, as the template rendered it. ``tools``: those that the model may call; without any, what
+        looks like a call is content. ``final_message``: the text that the answer goes on with, if it does.
+
+        With a parser, the text stream must show `special_ids` (``shown_special_ids``). Where the request wants no special
+        tokens, those that are left over in content are dropped here.
+        """
+        reasoning_parser = tool_parser = None
+        if self.reasoning is not None and reads_reasoning:
+            reasoning_parser = self.reasoning.parser(self.reasoning.is_open(prompt, final_message))
+        if self.tools is not None and tools:
+            tool_parser = self.tools.parser(tools)
+        parser: OutputParser
+        if reasoning_parser is not None and tool_parser is not None:
+            parser = ReasoningThenTools(reasoning_parser, tool_parser)
+        elif reasoning_parser is not None or tool_parser is not None:
+            parser = reasoning_parser or tool_parser or PlainParser()
+        else:
+            return None
+        return WithoutMarkers(parser, self.special_markers) if skip_special_tokens and self.special_markers else parser
+
+
+class WithoutMarkers:
+    """Drops markers from the content of a parser, as skip_special_tokens asks: from calls that could not be read."""
+
+    def __init__(self, parser: OutputParser, markers: Sequence[str]) -> None:
+        self._parser = parser
+        self._markers = tuple(markers)
+        self._pattern = re.compile("|".join(map(re.escape, markers)))
+        self._held = ""
+
+    @property
+    def in_reasoning(self) -> bool:
+        return self._parser.in_reasoning
+
+    def push(self, text: str) -> OutputDelta:
+        delta = self._parser.push(text)
+        return delta._replace(content=self._without(delta.content)) if delta.content else delta
+
+    def finish(self) -> OutputDelta:
+        delta = self._parser.finish()
+        content = self._without(delta.content) + self._held
+        self._held = ""
+        return delta._replace(content=content)
+
+    def _without(self, content: str) -> str:
+        *before, last = self._pattern.split(self._held + content)
+        num_held = max(num_held_back(last, marker) for marker in self._markers)
+        self._held = last[len(last) - num_held :]
+        return "".join(before) + last[: len(last) - num_held]
+
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+F = TypeVar("F", bound=_Named)
+
+
+def _named(name: str, table: tuple[F, ...], field: str, detected: F | None) -> F | None:
+    if name in (AUTO, NONE):
+        return detected if name == AUTO else None
+    found = next((format for format in table if format.name == name), None)
+    if found is None:
+        names = ", ".join((AUTO, NONE, *(format.name for format in table)))
+        raise ConfigurationError(f"{field} is {name!r}; it must be one of {names}")
+    return found
