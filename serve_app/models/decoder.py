@@ -6,6 +6,7 @@ H query heads, K kv heads, D head dim.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +40,8 @@ class Decoder:
 
     ``device``: where the weights are put, tensor by tensor, and where every argument of `forward` then is.
     """
+
+    can_be_captured = True
 
     def __init__(
         self,
@@ -105,6 +108,11 @@ class Decoder:
     def linears(self) -> list[Any]:
         """Every product of the model, the head last: layers of the ops' own kind, for whoever sets how they run."""
         return [linear for layer in self.layers for linear in layer.linears] + [self.head]
+
+    @property
+    def row_linears(self) -> Sequence[Any]:
+        """See `model.Model.row_linears`."""
+        return self.layers[0].linears
 
     def forward(
         self,

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from serve_app.errors import ModelNotFoundError, UnsupportedModelError
+from serve_app.models.model import ModelConfig
+from serve_app.models.transformers_config import TransformersConfig, architecture_name
 
 
 @dataclass(frozen=True)
@@ -182,14 +184,19 @@ class DecoderConfig:
             qk_norm=architecture.qk_norm,
             rope=_rope(config),
             dtype=_dtype(config),
-            eos_token_ids=_eos_token_ids(config, generation_config or {}, architecture),
+            eos_token_ids=_eos_token_ids(config, generation_config or {}, architecture.default_eos),
         )
 
 
-def load_model_config(directory: str | Path) -> DecoderConfig:
+IMPLEMENTATIONS = ("auto", "transformers")
+
+
+def load_model_config(directory: str | Path, implementation: str = "auto") -> ModelConfig:
     """Read config.json and, where there is one, generation_config.json of a model directory.
 
-    Raises ModelNotFoundError (no directory, no config.json, not JSON) and UnsupportedModelError (see `from_hf`).
+    A DecoderConfig for ARCHITECTURES, a TransformersConfig for every other; ``implementation`` "transformers" asks for the
+    latter in any case. Raises ModelNotFoundError (no directory, no config.json, not JSON) and UnsupportedModelError (see
+    `from_hf` and `TransformersConfig.from_directory`).
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -197,7 +204,11 @@ def load_model_config(directory: str | Path) -> DecoderConfig:
     config = read_json(directory / "config.json")
     if config is None:
         raise ModelNotFoundError(f"{str(directory)!r} has no config.json; it must be a Hugging Face model directory")
-    return DecoderConfig.from_hf(config, read_json(directory / "generation_config.json"))
+    generation_config = read_json(directory / "generation_config.json")
+    if implementation == "auto" and architecture_name(config) in ARCHITECTURES:
+        return DecoderConfig.from_hf(config, generation_config)
+    eos = _eos_token_ids(config, generation_config or {}, None)
+    return TransformersConfig.from_directory(directory, config, dtype=_dtype(config), eos_token_ids=eos)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -399,11 +410,11 @@ def _dtype(config: Mapping[str, Any]) -> str:
 
 
 def _eos_token_ids(
-    config: Mapping[str, Any], generation_config: Mapping[str, Any], architecture: _Architecture
+    config: Mapping[str, Any], generation_config: Mapping[str, Any], default: int | None
 ) -> tuple[int, ...]:
     value = generation_config.get("eos_token_id")
     if value is None:
-        value = config.get("eos_token_id", architecture.default_eos)
+        value = config.get("eos_token_id", default)
     ids = [] if value is None else value if isinstance(value, list) else [value]
     for token_id in ids:
         if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:

@@ -9,6 +9,7 @@ import ctypes
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 
@@ -20,13 +21,13 @@ from serve_app.errors import ConfigurationError, DeterminismError
 from serve_app.kernels import cpu, ops
 from serve_app.kernels.simd import LANES
 from serve_app.logs import get_logger
-from serve_app.models.decoder import Decoder
-from serve_app.models.decoder_config import DecoderConfig
+from serve_app.models.model import Model, ModelConfig
 from serve_app.runner import machine, numerics, pooler
 from serve_app.runner.batch import Batch, BatchBuilder
 from serve_app.runner.device import ComputedStep, MakeModel
 from serve_app.runner.kv_cache import KVCache, num_blocks_that_fit
 from serve_app.runner.sampler import Sampler, token_logprobs
+from serve_app.runner.self_check import SelfChecked, check_rows
 
 logger = get_logger(__name__)
 
@@ -39,7 +40,7 @@ class CpuDevice:
     has_position_classes = False
     """One row function serves every position."""
 
-    def __init__(self, config: EngineConfig, model_config: DecoderConfig, max_model_len: int) -> None:
+    def __init__(self, config: EngineConfig, model_config: ModelConfig, max_model_len: int) -> None:
         _check_shapes(config, model_config)
         self.config = config
         self.model_config = model_config
@@ -57,10 +58,11 @@ class CpuDevice:
 
     # ---- start-up ------------------------------------------------------------------------------------------------
 
-    def load(self, make: MakeModel, dtype: torch.dtype | None) -> Decoder:
+    def load(self, make: MakeModel, dtype: torch.dtype | None) -> Model:
         chosen = dtype or self._automatic_dtype()
         model = make(chosen)
         if self.config.deterministic is False:
+            self._check_rows(model)
             return model
         proof = self._prove(model, chosen)
         if proof.failures and dtype is None and chosen != torch.float32:
@@ -69,10 +71,12 @@ class CpuDevice:
             proof = self._prove(model, torch.float32)
         try:
             numerics.apply(proof, model.linears)
+            self._check_rows(model, to_the_bit=True)
         except DeterminismError as error:
             if self.config.deterministic:
                 raise
             logger.warning("%s. Going on in fast mode: tokens may depend on the batch", error)
+            self._check_rows(model)
         else:
             self._proof = proof
         return model
@@ -83,7 +87,7 @@ class CpuDevice:
             return torch.bfloat16
         return torch.float32
 
-    def _prove(self, model: Decoder, dtype: torch.dtype) -> numerics.Proof:
+    def _prove(self, model: Model, dtype: torch.dtype) -> numerics.Proof:
         return numerics.prove(
             model.linears,
             self.ops,
@@ -95,12 +99,27 @@ class CpuDevice:
             block_size=self.config.block_size,
         )
 
-    def make_cache(self, model: Decoder, dtype: torch.dtype) -> KVCache:
+    def _check_rows(self, model: Model, *, to_the_bit: bool = False) -> None:
+        """Raises DeterminismError (``to_the_bit``) or UnsupportedModelError."""
+        if not isinstance(model, SelfChecked):
+            return
+        shape, size = self.model_config, self.config.block_size
+        make = partial(
+            KVCache,
+            shape.num_layers,
+            block_size=size,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            dtype=model.embedding_VE.dtype,
+        )
+        check_rows(model, make, size, min(self.config.max_num_batched_tokens, 300), self.max_model_len, to_the_bit)
+
+    def make_cache(self, model: Model, dtype: torch.dtype) -> KVCache:
         config, shape = self.config, self.model_config
         num_blocks = num_blocks_that_fit(config, shape, dtype, self.max_model_len)
         return KVCache(shape.num_layers, num_blocks, config.block_size, shape.num_kv_heads, shape.head_dim, dtype)
 
-    def get_ready(self, model: Decoder, cache: KVCache) -> None:
+    def get_ready(self, model: Model, cache: KVCache) -> None:
         self.model = model
         self.cache = cache
         self.batches = BatchBuilder(self.config.max_num_seqs, self.max_model_len, self.config.block_size)
@@ -125,7 +144,7 @@ class CpuDevice:
         self.cache.copy_blocks(plan.block_copies)
         batch = self.batches.build(plan)
         built = time.perf_counter()
-        products = self.model.layers[0].linears  # of all the step's rows; a padded row is padded in each layer
+        products = self.model.row_linears  # a padded row is padded in each layer
         padded = [linear.num_padded_rows for linear in products]
         inputs = batch.input_ids, batch.metadata, batch.logits_indices, self.cache.k, self.cache.v
         embeddings: dict[Key, Pooled] = {}
@@ -149,7 +168,8 @@ class CpuDevice:
             "model": computed - built,
             "sampler": time.perf_counter() - computed,
         }
-        num_padded = max(linear.num_padded_rows - before for linear, before in zip(products, padded, strict=True))
+        more = (linear.num_padded_rows - before for linear, before in zip(products, padded, strict=True))
+        num_padded = max(more, default=0)
         return ComputedStep(token_ids, logprobs, prompt_logprobs, num_padded, seconds, embeddings)
 
     def _use_threads(self) -> None:
@@ -166,7 +186,7 @@ def _prompt_logprobs(batch: Batch, logits: torch.Tensor) -> dict[Key, list[Token
     return found
 
 
-def _check_shapes(config: EngineConfig, model: DecoderConfig) -> None:
+def _check_shapes(config: EngineConfig, model: ModelConfig) -> None:
     """The vectors of kernels/cpu.py have 16 lanes."""
     for name, value in (
         ("block_size", config.block_size),

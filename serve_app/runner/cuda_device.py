@@ -31,8 +31,7 @@ from serve_app.kernels import ops
 from serve_app.kernels.ragged_attention import rows_per_tile, workspace_size
 from serve_app.kernels.work_list import MAX_SPLITS, MIN_SPLIT_KEYS, WorkList, plan_work
 from serve_app.logs import get_logger
-from serve_app.models.decoder import Decoder
-from serve_app.models.decoder_config import DecoderConfig
+from serve_app.models.model import Model, ModelConfig
 from serve_app.runner import machine, pooler
 from serve_app.runner.batch import BatchBuilder, Rows
 from serve_app.runner.cuda_graphs import DecodeGraphs, bucket_sizes
@@ -43,6 +42,7 @@ from serve_app.runner.kv_cache import GpuKVCache, GpuMemory, KVCache, num_blocks
 from serve_app.runner.packed_batch import DeviceState, Layout, PackedBatch, Sizes, StepInputs, num_elements_of
 from serve_app.runner.recompilation import CompileCounter
 from serve_app.runner.rehearsal import DRAWN, largest_spans, pretend, variants
+from serve_app.runner.self_check import SelfChecked, check_rows
 
 logger = get_logger(__name__)
 
@@ -62,7 +62,7 @@ class CudaDevice:
 
     max_steps_in_flight = 2
 
-    def __init__(self, config: EngineConfig, model_config: DecoderConfig, max_model_len: int, gpu: Gpu) -> None:
+    def __init__(self, config: EngineConfig, model_config: ModelConfig, max_model_len: int, gpu: Gpu) -> None:
         _check_shapes(config, model_config)
         self.config = config
         self.model_config = model_config
@@ -77,7 +77,7 @@ class CudaDevice:
 
     # ---- start-up ------------------------------------------------------------------------------------------------
 
-    def load(self, make: MakeModel, dtype: torch.dtype | None) -> Decoder:
+    def load(self, make: MakeModel, dtype: torch.dtype | None) -> Model:
         """auto is the checkpoint's own type."""
         self._free_at_start, self._total = self.gpu.memory()
         started = time.perf_counter()
@@ -85,9 +85,30 @@ class CudaDevice:
         for linear in model.linears:
             linear.deterministic = self.deterministic
         logger.info("start-up: the weights are on %s after %.1f s", self.gpu.name, time.perf_counter() - started)
+        if self.graphs.buckets and not model.can_be_captured:
+            logger.info("CUDA graphs are off: a model of transformers runs its own Python at each step")
+            self.graphs = DecodeGraphs(())
+        if isinstance(model, SelfChecked):
+            with torch.inference_mode():
+                self._check_rows(model)
         return model
 
-    def make_cache(self, model: Decoder, dtype: torch.dtype) -> KVCache:
+    def _check_rows(self, model: SelfChecked) -> None:
+        """Raises DeterminismError (in deterministic mode) or UnsupportedModelError."""
+        shape, size = self.model_config, self.config.block_size
+        make = partial(
+            GpuKVCache,
+            shape.num_layers,
+            block_size=size,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            dtype=model.embedding_VE.dtype,
+            device=self.torch_device,
+        )
+        max_rows = min(self.config.max_num_batched_tokens, 300)
+        check_rows(model, make, size, max_rows, self.max_model_len, self.deterministic, any_chunk=False)
+
+    def make_cache(self, model: Model, dtype: torch.dtype) -> KVCache:
         config, shape = self.config, self.model_config
         self.model = model
         model_dtype = model.embedding_VE.dtype
@@ -163,7 +184,7 @@ class CudaDevice:
         return GpuMemory(self._total, self._free_at_start, measured.free, measured.activations, reserve)
 
     @torch.inference_mode()
-    def get_ready(self, model: Decoder, cache: KVCache) -> None:
+    def get_ready(self, model: Model, cache: KVCache) -> None:
         started = time.perf_counter()
         config = self.config
         self.sampler.warm_up(model.head(model.embedding_VE[:1]))
@@ -346,7 +367,7 @@ class LaunchedStep:
         return self._token_ids
 
 
-def _check_shapes(config: EngineConfig, model: DecoderConfig) -> None:
+def _check_shapes(config: EngineConfig, model: ModelConfig) -> None:
     if config.block_size not in BLOCK_SIZES:
         sizes = ", ".join(map(str, BLOCK_SIZES))
         raise ConfigurationError(f"block_size is {config.block_size}; on a GPU it must be one of {sizes}")

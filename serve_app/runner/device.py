@@ -17,10 +17,10 @@ from serve_app.engine.pooling import Pooled
 from serve_app.engine.request import TokenLogprobs
 from serve_app.engine.scheduler import Key, SchedulerOutput
 from serve_app.kernels.ops import Ops
-from serve_app.models.decoder import Decoder
+from serve_app.models.model import Model
 from serve_app.runner.kv_cache import KVCache
 
-MakeModel = Callable[[torch.dtype], Decoder]
+MakeModel = Callable[[torch.dtype], Model]
 
 
 class Device(Protocol):
@@ -37,15 +37,15 @@ class Device(Protocol):
         """Whether bits are independent of the batch. Holds once the model is loaded."""
         ...
 
-    def load(self, make: MakeModel, dtype: torch.dtype | None) -> Decoder:
+    def load(self, make: MakeModel, dtype: torch.dtype | None) -> Model:
         """The model in the element type that was asked for, or (None) in the one that suits the device."""
         ...
 
-    def make_cache(self, model: Decoder, dtype: torch.dtype) -> KVCache:
+    def make_cache(self, model: Model, dtype: torch.dtype) -> KVCache:
         """As many blocks as the configuration and the memory give."""
         ...
 
-    def get_ready(self, model: Decoder, cache: KVCache) -> None:
+    def get_ready(self, model: Model, cache: KVCache) -> None:
         """Everything that must not happen during a step: compile, capture, allocate."""
         ...
 

@@ -15,7 +15,7 @@ import torch
 
 from serve_app.engine.config import EngineConfig
 from serve_app.errors import ConfigurationError
-from serve_app.models.decoder_config import DecoderConfig
+from serve_app.models.model import ModelConfig
 
 DEFAULT_CPU_BYTES = 1 << 30
 
@@ -77,12 +77,12 @@ def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor
     return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
 
 
-def bytes_per_block(model: DecoderConfig, block_size: int, dtype: torch.dtype) -> int:
+def bytes_per_block(model: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
     """Bytes of K and V that one block takes in all layers."""
     return model.bytes_per_token_and_layer(dtype.itemsize) * model.num_layers * block_size
 
 
-def num_blocks_that_fit(config: EngineConfig, model: DecoderConfig, dtype: torch.dtype, max_model_len: int) -> int:
+def num_blocks_that_fit(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, max_model_len: int) -> int:
     """num_kv_blocks if given, else what kv_cache_memory_bytes (1 GiB by default on a CPU) holds.
 
     Raises ConfigurationError if not even one block fits.
@@ -133,7 +133,7 @@ def kv_bytes_on_gpu(memory: GpuMemory, utilization: float) -> int:
     return may_use - weights - memory.activations - memory.reserve
 
 
-def num_blocks_on_gpu(config: EngineConfig, model: DecoderConfig, dtype: torch.dtype, memory: GpuMemory) -> int:
+def num_blocks_on_gpu(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, memory: GpuMemory) -> int:
     """num_kv_blocks if given, else what kv_cache_memory_bytes holds, else what gpu_memory_utilization leaves.
 
     Unlike on a CPU no block is too many: nobody else wants the memory, and the prefix cache does. Raises
@@ -161,7 +161,7 @@ def num_blocks_on_gpu(config: EngineConfig, model: DecoderConfig, dtype: torch.d
     )
 
 
-def describe(config: EngineConfig, model: DecoderConfig, dtype: torch.dtype, num_blocks: int) -> str:
+def describe(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, num_blocks: int) -> str:
     """The line said at start-up."""
     per_token = model.bytes_per_token_and_layer(dtype.itemsize)
     total = num_blocks * bytes_per_block(model, config.block_size, dtype)

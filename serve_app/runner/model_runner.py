@@ -16,7 +16,10 @@ from serve_app.errors import ConfigurationError
 from serve_app.hub import resolve_model
 from serve_app.logs import get_logger
 from serve_app.models.decoder import Decoder
-from serve_app.models.decoder_config import DecoderConfig, load_model_config
+from serve_app.models.decoder_config import IMPLEMENTATIONS, DecoderConfig, load_model_config
+from serve_app.models.model import Model, ModelConfig
+from serve_app.models.transformers_config import TransformersConfig
+from serve_app.models.transformers_model import TransformersModel
 from serve_app.models.weights import DummyWeights, WeightLoader, weights_fingerprint
 from serve_app.runner.device import Device
 from serve_app.runner.gpu import find_gpu
@@ -32,8 +35,8 @@ LOAD_FORMATS = ("auto", "dummy")
 class ModelRunner:
     """``model``: a directory or hub id. ``dtype``, ``device``: "auto" or a name; ``load_format``: "auto" or "dummy".
 
-    ``device`` "auto" is the GPU if there is one. Raises a StartupError that names what is wrong before any weight is
-    read, where that is possible.
+    ``device`` "auto" is the GPU if there is one. ``implementation``: see `load_model_config`. Raises a StartupError that
+    names what is wrong before any weight is read, where that is possible.
     """
 
     def __init__(
@@ -45,13 +48,15 @@ class ModelRunner:
         device: str = "auto",
         load_format: str = "auto",
         revision: str | None = None,
+        implementation: str = "auto",
     ) -> None:
         _check_choice("dtype", dtype, ("auto", *DTYPES))
         _check_choice("device", device, DEVICES)
         _check_choice("load_format", load_format, LOAD_FORMATS)
+        _check_choice("implementation", implementation, IMPLEMENTATIONS)
         self.config = config
         self.directory = resolve_model(model, revision)
-        self.model_config = load_model_config(self.directory)
+        self.model_config = load_model_config(self.directory, implementation)
         self.load_format = load_format
         self.max_model_len = _max_model_len(config, self.model_config)
         self.vocab_size = self.model_config.vocab_size
@@ -92,13 +97,17 @@ class ModelRunner:
     def launch(self, plan: SchedulerOutput) -> Step:
         return self.device.launch(plan)
 
-    def _load(self, dtype: torch.dtype) -> Decoder:
-        config = self.model_config
+    def _load(self, dtype: torch.dtype) -> Model:
+        config, device = self.model_config, self.device.torch_device
+        if isinstance(config, TransformersConfig):
+            seed = self.config.seed if self.load_format == "dummy" else None
+            return TransformersModel(config, self.directory, self.ops, dtype, self.max_model_len, device, seed)
+        assert isinstance(config, DecoderConfig)
         if self.load_format == "dummy":
             source: DummyWeights | WeightLoader = DummyWeights(self.config.seed)
         else:
             source = WeightLoader(self.directory, tie_word_embeddings=config.tie_word_embeddings)
-        return Decoder(config, source, self.ops, dtype, self.max_model_len, self.device.torch_device)
+        return Decoder(config, source, self.ops, dtype, self.max_model_len, device)
 
     def _fingerprint(self) -> str:
         weights = weights_fingerprint(self.directory) if self.load_format != "dummy" else f"dummy {self.config.seed}"
@@ -114,7 +123,7 @@ class ModelRunner:
         )
 
 
-def make_device(name: str, config: EngineConfig, model_config: DecoderConfig, max_model_len: int) -> Device:
+def make_device(name: str, config: EngineConfig, model_config: ModelConfig, max_model_len: int) -> Device:
     """The one place that chooses."""
     gpu = find_gpu(name)
     if gpu is None:
@@ -131,7 +140,7 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ConfigurationError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
 
 
-def _max_model_len(config: EngineConfig, model: DecoderConfig) -> int:
+def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
     if config.max_model_len is not None and config.max_model_len > model.max_model_len:
         raise ConfigurationError(
             f"max_model_len is {config.max_model_len}; the model's config allows at most {model.max_model_len}"
