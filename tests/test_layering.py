@@ -60,7 +60,10 @@ SERVICE = Room(
 REPLICA = Room("replica", SERVICE_PACKAGES | DEVICE_PACKAGES, (*SERVICE.files, *DEVICE.files, "replica/*.py"))
 ASSEMBLY = Room("assembly", SERVICE_PACKAGES | {"yaml"}, ("*",))
 ALONE = Room("alone", frozenset(), ())
-DEMO = Room("demo", frozenset({"torch", "tokenizers", "safetensors"}), ("logs.py", "llm.py", "demo_model/examples.py"))
+DEMO_TEXT = Room("demo text", frozenset(), ("demo_model/*.py",))
+DEMO = Room(
+    "demo", frozenset({"torch", "tokenizers", "safetensors"}), ("logs.py", "llm.py", "text/*.py", "demo_model/*.py")
+)
 
 ORDER: tuple[tuple[str, Room], ...] = (
     ("errors.py", CORE),
@@ -181,7 +184,9 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("serve_run.py", ASSEMBLY),
     ("launch.py", ALONE),
     ("chat.py", ALONE),
-    ("demo_model/examples.py", ALONE),
+    ("demo_model/examples.py", DEMO_TEXT),
+    ("demo_model/json_examples.py", DEMO_TEXT),
+    ("demo_model/tool_examples.py", DEMO_TEXT),
     ("demo_model/train.py", DEMO),
 )
 """The order in which files may import, earliest first. A name wins over a pattern, so kernels/ops.py comes after all

@@ -1,4 +1,4 @@
-"""What the toy model learns: small questions with their answers, made from word lists and a seed. No model, no file.
+"""What the toy model learns first: small questions with their answers, made from word lists and a seed. No model, no file.
 
 An example is one exchange, or a few. What it is about has a key, and every tenth key is held out: no training text
 ever holds its prompt. The answers are exact, but for stories and poems, which must name what the prompt names.
@@ -6,11 +6,13 @@ ever holds its prompt. The answers are exact, but for stories and poems, which m
 
 from __future__ import annotations
 
+import json
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 
 def words(text: str) -> list[str]:
@@ -82,6 +84,9 @@ class Example:
 
     system: str = ""
 
+    tools: tuple[str, ...] = ()
+    """Each as JSON, as a client offers it. A turn that calls one, or tells what it answered, has the template's marks."""
+
     required: tuple[str, ...] = ()
     """Words that a free answer must hold. Empty: the answer is exact."""
 
@@ -93,11 +98,15 @@ class Example:
     def answer(self) -> str:
         return self.turns[-1][1]
 
-    def messages(self) -> list[dict[str, str]]:
-        """The chat up to the question that is scored."""
-        chat = [{"role": "system", "content": self.system}] if self.system else []
+    def messages(self) -> list[dict[str, Any]]:
+        """The chat up to the question that is scored, as a client sends it."""
+        chat: list[dict[str, Any]] = [{"role": "system", "content": self.system}] if self.system else []
         for user, assistant in self.turns:
-            chat += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+            results = re.findall("<tool_response>\n(.*)\n</tool_response>", user)
+            chat += [{"role": "tool", "content": text} for text in results] or [{"role": "user", "content": user}]
+            calls = [json.loads(text) for text in re.findall("<tool_call>\n(.*)\n</tool_call>", assistant)]
+            told = {"tool_calls": [{"type": "function", "function": call} for call in calls]}
+            chat.append({"role": "assistant", **(told if calls else {"content": assistant})})
         return chat[:-1]
 
     def is_right(self, text: str) -> bool:
@@ -380,26 +389,30 @@ def poem(rng: Random) -> Example:
     return Example("poem", about if has_color else "", ((form.format(about), text),), required=required)
 
 
-KINDS: dict[Callable[[Random], Example], float] = {
+Kinds = Mapping[Callable[[Random], Example], float]
+
+KINDS: Kinds = {
     arithmetic: 4.5, numbers: 3, spelling: 3.5, repeating: 1.5, knowledge: 3, described: 5, naming: 2, chatter: 1,
     unknown: 0.7, story: 1.2, poem: 0.7,
 }  # fmt: skip
 """Every kind of example and its share."""
 
 
-def draw(rng: Random, held_out: bool = False, kind: Callable[[Random], Example] | None = None) -> Example:
+def draw(
+    rng: Random, held_out: bool = False, kind: Callable[[Random], Example] | None = None, kinds: Kinds = KINDS
+) -> Example:
     """One example that is held out, or one that is not."""
     while True:
-        example = (kind or rng.choices(list(KINDS), list(KINDS.values()))[0])(rng)
+        example = (kind or rng.choices(list(kinds), list(kinds.values()))[0])(rng)
         if example.is_held_out == held_out:
             return example
 
 
-def chat(rng: Random) -> Example:
+def chat(rng: Random, kinds: Kinds = KINDS) -> Example:
     """What is trained on: one to eight exchanges in a row, some prompts as carelessly typed as people do."""
-    parts = [draw(rng)]
-    while len(parts) < 8 and rng.random() < 0.4:
-        part = draw(rng)
+    parts = [draw(rng, kinds=kinds)]
+    while len(parts) < 8 and "JSON" not in parts[0].system and rng.random() < 0.4:
+        part = draw(rng, kinds=kinds)
         if not part.system and not (parts[0].system and part.kind == "chatter"):  # who it is has been said
             parts.append(part)
     turns = []
@@ -471,10 +484,10 @@ def is_trained_with_another_mark(example: Example) -> bool:
     return not all(Example(example.kind, key, example.turns).is_held_out for key in {example.key, bare, bare + "."})
 
 
-def held_out_set(per_kind: int, seed: int = 1) -> list[Example]:
+def held_out_set(per_kind: int, seed: int = 1, kinds: Kinds = KINDS) -> list[Example]:
     """``per_kind`` different held-out examples of every kind that has any. ValueError if a kind has not so many."""
     found: dict[tuple[tuple[str, str], ...], Example] = {}
-    for kind in KINDS:
+    for kind in kinds:
         if kind is chatter:
             continue
         rng, wanted = Random(f"{seed} {kind.__name__}"), len(found) + per_kind
