@@ -6,11 +6,12 @@ Makes the parsers of requests. Knows the tables of formats and the tokenizer; kn
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol, TypeVar
 
-from serve_app.errors import ConfigurationError
+from serve_app.errors import ConfigurationError, InvalidParameterError
+from serve_app.text import tool_grammars
 from serve_app.text.output_parser import OutputDelta, OutputParser, PlainParser, ReasoningThenTools
 from serve_app.text.reasoning_formats import (
     REASONING_FORMATS,
@@ -19,7 +20,8 @@ from serve_app.text.reasoning_formats import (
     num_held_back,
 )
 from serve_app.text.tokenizer import Tokenizer
-from serve_app.text.tool_formats import TOOL_FORMATS, ToolFormat, ToolSchemas, detect_tool_format
+from serve_app.text.tool_formats import TOOL_FORMATS, ToolFormat, ToolSchemas, detect_tool_format, forced_format
+from serve_app.text.tool_grammars import CallableTool
 
 AUTO, NONE = "auto", "none"
 TOOL_FORMAT_NAMES = (AUTO, NONE, *(format.name for format in TOOL_FORMATS))
@@ -37,11 +39,13 @@ class OutputFormat:
     reasoning: ReasoningFormat | None = None
     """None: the model does not mark its reasoning."""
 
-    special_markers: tuple[str, ...] = ()
-    """Those of the markers that are special tokens of the model."""
+    special_markers: Mapping[str, int] = field(default_factory=dict)
+    """Those of the markers that are special tokens of the model, and their ids."""
 
-    special_ids: frozenset[int] = frozenset()
-    """Their ids."""
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """What the text stream must show (``shown_special_ids``) where a parser reads it."""
+        return frozenset(self.special_markers.values())
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, tool_format: str = AUTO, reasoning_format: str = AUTO) -> OutputFormat:
@@ -53,18 +57,19 @@ class OutputFormat:
         reasoning = _named(reasoning_format, REASONING_FORMATS, "reasoning_format", detect_reasoning_format(template))
         markers = {
             marker: token_id
-            for format in (tools, reasoning)
+            for format in (tools, None if tools is None else forced_format(tools), reasoning)
             if format is not None
             for marker in format.markers
             if (token_id := tokenizer.token_to_id(marker)) is not None and token_id in tokenizer.special_ids
         }
-        return cls(tools, reasoning, tuple(markers), frozenset(markers.values()))
+        return cls(tools, reasoning, markers)
 
     def parser(
         self,
         prompt: str,
         *,
         tools: ToolSchemas | None = None,
+        is_forced: bool = False,
         final_message: str | None = None,
         reads_reasoning: bool = True,
         skip_special_tokens: bool = True,
@@ -72,16 +77,17 @@ class OutputFormat:
         """The parser of one choice, or None where all of its text is content.
 
         ``prompt``: its text, as the template rendered it. ``tools``: those that the model may call; without any, what
-        looks like a call is content. ``final_message``: the text that the answer goes on with, if it does.
+        looks like a call is content. ``is_forced``: a grammar of `forced_calls` holds the answer. ``final_message``: the
+        text that the answer goes on with, if it does.
 
-        With a parser, the text stream must show `special_ids` (``shown_special_ids``). Where the request wants no special
+        With a parser, the text stream must show `special_ids`. Where the request wants no special
         tokens, those that are left over in content are dropped here.
         """
         reasoning_parser = tool_parser = None
         if self.reasoning is not None and reads_reasoning:
             reasoning_parser = self.reasoning.parser(self.reasoning.is_open(prompt, final_message))
         if self.tools is not None and tools:
-            tool_parser = self.tools.parser(tools)
+            tool_parser = (forced_format(self.tools) if is_forced else self.tools).parser(tools)
         parser: OutputParser
         if reasoning_parser is not None and tool_parser is not None:
             parser = ReasoningThenTools(reasoning_parser, tool_parser)
@@ -89,7 +95,51 @@ class OutputFormat:
             parser = reasoning_parser or tool_parser or PlainParser()
         else:
             return None
-        return WithoutMarkers(parser, self.special_markers) if skip_special_tokens and self.special_markers else parser
+        drops_markers = skip_special_tokens and self.special_markers
+        return WithoutMarkers(parser, tuple(self.special_markers)) if drops_markers else parser
+
+    def forced_calls(
+        self, tools: Sequence[CallableTool], *, parallel: bool, prompt: str, final_message: str | None = None
+    ) -> Grammars:
+        """The grammar of an answer that must be calls of these tools, behind the reasoning if the model has any.
+
+        Raises InvalidParameterError, also where the model has no format for calls; UnsupportedParameterError.
+        """
+        if self.tools is None:
+            raise InvalidParameterError(
+                "tool_choice", "required", "none or auto: this model has no format for tool calls"
+            )
+        shape = forced_format(self.tools).shape
+        assert shape is not None
+        grammars = [
+            tool_grammars.tool_calls(shape, tools, parallel=parallel, special_ids=ids)
+            for ids in (self.special_markers, tool_grammars.NO_IDS)
+        ]
+        return self.after_reasoning(Grammars(*grammars), prompt=prompt, final_message=final_message)
+
+    def after_reasoning(self, grammars: Grammars, *, prompt: str, final_message: str | None = None) -> Grammars:
+        """The grammars, behind the reasoning where the model may write some at the end of this prompt."""
+        if self.reasoning is None or (final_message is None and self.reasoning.is_over(prompt)):
+            return grammars
+        is_open = self.reasoning.is_open(prompt, final_message)
+        if final_message and not is_open:
+            return grammars
+        return Grammars(
+            *(
+                tool_grammars.after_reasoning(self.reasoning, text, is_open=is_open, special_ids=ids)
+                for text, ids in zip(grammars, (self.special_markers, tool_grammars.NO_IDS), strict=True)
+            )
+        )
+
+
+class Grammars(NamedTuple):
+    """One grammar, twice."""
+
+    text: str
+    """For the model: SamplingParams.grammar. Names special tokens by their ids."""
+
+    checked: str
+    """To be compiled first, where a bad one harms nobody and there is no tokenizer: special tokens are spelled out."""
 
 
 class WithoutMarkers:
@@ -130,11 +180,11 @@ class _Named(Protocol):
 F = TypeVar("F", bound=_Named)
 
 
-def _named(name: str, table: tuple[F, ...], field: str, detected: F | None) -> F | None:
+def _named(name: str, table: tuple[F, ...], option: str, detected: F | None) -> F | None:
     if name in (AUTO, NONE):
         return detected if name == AUTO else None
     found = next((format for format in table if format.name == name), None)
     if found is None:
         names = ", ".join((AUTO, NONE, *(format.name for format in table)))
-        raise ConfigurationError(f"{field} is {name!r}; it must be one of {names}")
+        raise ConfigurationError(f"{option} is {name!r}; it must be one of {names}")
     return found

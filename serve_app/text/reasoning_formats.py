@@ -46,6 +46,10 @@ class ReasoningFormat:
             return final_message.rfind(self.start) > final_message.rfind(self.end)
         return prompt.rstrip().endswith(self.start)
 
+    def is_over(self, prompt: str) -> bool:
+        """Whether the prompt ends behind a block, so that the answer begins as content: enable_thinking=false."""
+        return prompt.rstrip().endswith(self.end)
+
     def parser(self, is_open: bool) -> ReasoningParser:
         """A parser for one choice. ``is_open``: see `is_open`."""
         return ReasoningParser(self.start, self.end, is_open)

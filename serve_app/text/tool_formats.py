@@ -3,6 +3,7 @@
     name           as in the configuration
     fits           detection: does a model with this chat template write calls so?
     parser         of one choice
+    shape          the words of a call, for the grammar of calls that are forced (`tool_grammars`)
     example        how two calls look
 
 Knows characters and chat templates; knows no token and no request. A template that does not look at ``tools`` has no
@@ -23,6 +24,21 @@ from serve_app.text.qwen3_coder_tool_calls import Qwen3CoderParser
 
 ToolSchemas = Mapping[str, Mapping[str, Any] | None]
 """The tools of a request: for each name the JSON schema of its parameters, or None where it has none."""
+
+
+@dataclass(frozen=True)
+class CallShape:
+    """What is written around names and arguments, as chat templates write it:
+
+    opening (before_name NAME before_arguments ARGUMENTS after_arguments) separator (...) ... closing
+    """
+
+    before_name: str
+    before_arguments: str
+    after_arguments: str = ""
+    separator: str = ""
+    opening: str = ""
+    closing: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,10 +63,21 @@ class ToolFormat:
     parser: Callable[[ToolSchemas], OutputParser]
     """Makes the parser of one choice for the tools of its request."""
 
+    shape: CallShape | None
+    """None: arguments are no JSON there, so that a JSON schema cannot be said in its words (see `forced_in`)."""
+
+    forced_in: str = ""
+    """Where ``shape`` is None: the row in whose words calls are forced, and so parsed. These models can write both."""
+
     def fits(self, chat_template: str) -> bool:
         """Whether a model with this chat template writes calls so. The first row that fits is the one."""
         return "tools" in chat_template and all(re.search(sign, chat_template) for sign in self.template_signs)
 
+
+HERMES_SHAPE = CallShape('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", "\n")
+MISTRAL_SHAPE = CallShape("[TOOL_CALLS]", "[ARGS]")
+MISTRAL_LIST_SHAPE = CallShape('{"name": "', '", "arguments": ', "}", ", ", "[TOOL_CALLS] [", "]")
+LLAMA3_JSON_SHAPE = CallShape('{"name": "', '", "parameters": ', "}", "; ")
 
 QUOTE = r"""\\?["']"""
 """A quote in the text of a template, which may stand in a string of the template's own."""
@@ -64,6 +91,8 @@ TOOL_FORMATS = (
         ("<function=", "<parameter="),
         ("<tool_call>", "</tool_call>"),
         Qwen3CoderParser,
+        None,
+        forced_in="hermes",
     ),
     ToolFormat(
         "hermes",
@@ -73,14 +102,25 @@ TOOL_FORMATS = (
         ("<tool_call>", f"{QUOTE}name{QUOTE}", f"{QUOTE}arguments{QUOTE}"),
         ("<tool_call>", "</tool_call>"),
         HermesParser,
+        HERMES_SHAPE,
     ),
     ToolFormat(
         "mistral",
-        "Mistral, Ministral, Magistral, Devstral",
+        "Mistral Small 3.2, Magistral, Devstral, Ministral 3 and later",
+        '[TOOL_CALLS]f[ARGS]{"a": 1}[TOOL_CALLS]g[ARGS]{}',
+        (r"\[TOOL_CALLS\]", r"\[ARGS\]"),
+        ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
+        MistralParser,
+        MISTRAL_SHAPE,
+    ),
+    ToolFormat(
+        "mistral_list",
+        "Mistral 7B v0.3, Nemo, Large 2, Small 3.1 and before",
         '[TOOL_CALLS] [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]',
         (r"\[TOOL_CALLS\]",),
         ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
         MistralParser,
+        MISTRAL_LIST_SHAPE,
     ),
     ToolFormat(
         "pythonic",
@@ -89,6 +129,8 @@ TOOL_FORMATS = (
         (r"\[func_name1\(",),
         ("<|python_start|>", "<|python_end|>"),
         PythonicParser,
+        None,
+        forced_in="llama3_json",
     ),
     ToolFormat(
         "llama3_json",
@@ -97,6 +139,7 @@ TOOL_FORMATS = (
         (f"{QUOTE}name{QUOTE}: function name, {QUOTE}parameters{QUOTE}",),
         ("<|python_tag|>",),
         Llama3JsonParser,
+        LLAMA3_JSON_SHAPE,
     ),
 )
 
@@ -104,3 +147,8 @@ TOOL_FORMATS = (
 def detect_tool_format(chat_template: str) -> ToolFormat | None:
     """The format of a model with this chat template, or None: it has no tools, or writes its calls in another way."""
     return next((format for format in TOOL_FORMATS if format.fits(chat_template)), None)
+
+
+def forced_format(format: ToolFormat) -> ToolFormat:
+    """The row in whose words a model with this format is made to call: its own, where a grammar can say it."""
+    return format if format.shape is not None else next(row for row in TOOL_FORMATS if row.name == format.forced_in)

@@ -310,6 +310,7 @@ VECTORS = {
     "hermes": HERMES,
     "llama3_json": LLAMA3_JSON,
     "mistral": MISTRAL,
+    "mistral_list": MISTRAL,
     "pythonic": PYTHONIC,
     "qwen3_coder": QWEN3_CODER,
 }
@@ -374,7 +375,7 @@ def cuts(text: str, places: list[int]) -> list[str]:
 
 
 @pytest.mark.parametrize("format", TOOL_FORMATS, ids=BY_NAME)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     text=st.lists(st.sampled_from(FRAGMENTS), max_size=25).map("".join),
     places=st.lists(st.integers(0, 150), max_size=8),
@@ -402,15 +403,15 @@ def damaged(seed: int, format: ToolFormat) -> str:
 def test_damaged_answers(format: ToolFormat) -> None:
     """Cut by chance they give the same; content and arguments stand in the text, in their order, and are not doubled."""
     num_calls = 0
-    for seed in range(150):
+    for seed in range(100):
         text = damaged(seed, format)
         numbers = random.Random(seed)
         whole = parse(format, [text])
         assert parse(format, cuts(text, numbers.choices(range(len(text) + 1), k=6))) == whole
         num_calls += len(whole.tool_calls)
-        if format.name in ("hermes", "llama3_json", "mistral"):
+        if format.shape is not None:
             assert_nothing_is_lost(format, text)
-    assert num_calls > 150
+    assert num_calls > 100
 
 
 def assert_nothing_is_lost(format: ToolFormat, text: str) -> None:
@@ -522,7 +523,7 @@ WITH_TOOLS = "{% if tools %}{% for tool in tools %}{{ tool | tojson }}{% endfor 
         (WITH_TOOLS + "<tool_call>\n{'arguments': <args-dict>, 'name': <function-name>}\n</tool_call>", "hermes"),
         (WITH_TOOLS + "<tool_call>{function-name}\n<arg_key>{arg-key}</arg_key>", None),  # GLM 4.5
         (WITH_TOOLS + "<tool_call>\n<function=example>\n<parameter=p>\nvalue\n</parameter>", "qwen3_coder"),
-        (WITH_TOOLS + "{{ '[TOOL_CALLS] [' }}", "mistral"),
+        (WITH_TOOLS + "{{ '[TOOL_CALLS] [' }}", "mistral_list"),
         (WITH_TOOLS + "{{ '[TOOL_CALLS]' + t.name + '[ARGS]' }}", "mistral"),
         (WITH_TOOLS + "Respond in the format [func_name1(params_name1=params_value1), func_name2(params)]", "pythonic"),
         (
