@@ -92,9 +92,12 @@ class ToolReader:
     # What is given out
 
     def _given_out(self) -> OutputDelta:
-        delta = join([OutputDelta("".join(self._content), "", tuple(self._deltas))])
-        self._content, self._deltas = [], []
-        return delta
+        delta = OutputDelta("".join(self._content), "", tuple(self._deltas))
+        if self._content:
+            self._content = []
+        if self._deltas:
+            self._deltas = []
+        return join([delta]) if len(delta.tool_calls) > 1 else delta
 
     def _give_content(self, text: str) -> None:
         kept = text.rstrip()
@@ -102,8 +105,9 @@ class ToolReader:
             self._content += self._space, kept
             self._space, self._num_space_before = "", 0
         self._space += text[len(kept) :]
-        _, line_break, line = text.rpartition("\n")
-        self._line_is_blank = (self._line_is_blank or bool(line_break)) and not line.strip()
+        if self._line_openers:
+            _, line_break, line = text.rpartition("\n")
+            self._line_is_blank = (self._line_is_blank or bool(line_break)) and not line.strip()
 
     def _give_up(self) -> None:
         """The region is no call."""
