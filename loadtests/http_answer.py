@@ -52,13 +52,19 @@ class Wire:
         assert self._headers is not None
         values = dict(line.split(": ", 1) for line in self._headers[1:] if ": " in line)
         if values.get("transfer-encoding") == "chunked":
-            while size := int(await self._reader.readline(), 16):
+            while size := int(await self._line(), 16):
                 yield (await self._reader.readexactly(size + 2))[:-2]
         elif "content-length" in values:
             yield await self._reader.readexactly(int(values["content-length"]))
         else:
             while data := await self._reader.read(1 << 16):
                 yield data
+
+    async def _line(self) -> bytes:
+        line = await self._reader.readline()
+        if not line:
+            raise EOFError("the connection was closed between two chunks")
+        return line
 
     async def body(self) -> bytes:
         return b"".join([part async for part in self.parts()])

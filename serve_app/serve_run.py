@@ -93,6 +93,9 @@ def environment(environ: Mapping[str, str], *, with_haproxy: bool, work: str) ->
         chosen |= {
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # default 30: each stop would take as long
             "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(LONGEST_STREAM_SECONDS),  # a reload cuts what is older
+            # Nothing of the answer has come, so another ingress may begin it anew. Once: what kills an ingress is no good.
+            "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+            "RAY_SERVE_HAPROXY_RETRIES": "1",
             # Its own folder and ports, or two servers on one machine get in each other's way.
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{work}/haproxy.cfg",
             "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{work}/admin.sock",

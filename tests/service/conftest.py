@@ -12,12 +12,13 @@ from tests.service.live import MODES, Service
 from tests.tiny_models import make_tiny_model
 
 HERE = Path(__file__).parent
+WITH_THEIR_OWN_RAY = ("test_drill.py", "test_nodes.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """These last: other tests start a Ray of their own, and a session's fixture ends with the session. So does the drill,
-    which goes before the rest of these."""
-    items.sort(key=lambda item: (HERE in item.path.parents) * (1 + (item.path.name != "test_drill.py")))
+    """These last: other tests start a Ray of their own, and a session's fixture ends with the session. So do some of these,
+    which go before the rest."""
+    items.sort(key=lambda item: (HERE in item.path.parents) * (1 + (item.path.name not in WITH_THEIR_OWN_RAY)))
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.slow)

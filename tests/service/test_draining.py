@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 import signal
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.service.live import HEADERS, Service, Stream, completion, deployment_of, launched, tokens_of, wait_until
 
-pytestmark = launched
+own_proxy = pytest.mark.parametrize("service", ["serve run"], indirect=True)
 NUM_CLIENTS = 6
 NUM_TOKENS = 250
 """Of a stream of the load: a few seconds."""
@@ -61,15 +64,15 @@ class Load:
         wait_until(lambda: sum(began == self.phase for began, _, _ in self.streams) >= MIN_IN_A_PHASE, self.phase)
         self.phase = phase
 
-    def check(self) -> Counter[tuple[str, str]]:
-        """How many streams began and ended in which phases. Each of them was whole."""
+    def check(self) -> None:
+        """Each stream was whole."""
         for _, _, stream in self.streams:
             stream.check()
-        return Counter((began, ended) for began, ended, _ in self.streams)
 
 
-def redeploy(service: Service, args: dict[str, Any]) -> None:
-    """A rolling update under load: changed arguments of the application, so that every part is replaced."""
+def redeploy(service: Service, args: dict[str, Any]) -> Load:
+    """A rolling update under load: changed arguments of the application, so that every part is replaced. Returns what was
+    asked meanwhile; some of it met the update."""
     old = set(service.pids("Ingress")) | set(service.pids("Replica"))
 
     def is_new() -> bool:
@@ -82,23 +85,24 @@ def redeploy(service: Service, args: dict[str, Any]) -> None:
         wait_until(is_new, "four new processes")
         load.begin("after")
         load.begin("end")
-    seen = load.check()
+    seen = Counter((began, ended) for began, ended, _ in load.streams)
     assert seen["before", "during"] >= 2, f"streams met the update: {seen}"
     assert seen["during", "during"] >= MIN_IN_A_PHASE, seen
+    return load
 
 
 @contextmanager
 def redeployed(service: Service, **changes: Any) -> Iterator[None]:
     """With other arguments of the application; there and back under load."""
     args = copy.deepcopy(service.config["applications"][0]["args"])
-    redeploy(service, args | changes)
+    redeploy(service, args | changes).check()
     try:
         yield
     except BaseException:
         service.config["applications"][0]["args"] = args
         service.deploy(service.config)
         raise
-    redeploy(service, args)
+    redeploy(service, args).check()
 
 
 def ask(service: Service, number: int) -> None:
@@ -115,6 +119,7 @@ def running(service: Service, numbers: range, max_tokens: int) -> list[Stream]:
     return streams
 
 
+@launched
 def test_every_part_leaves_and_nothing_is_lost(service: Service) -> None:
     with redeployed(service, drain=SHORT_DRAIN):
         take_a_replica_away(service)
@@ -172,6 +177,36 @@ def take_an_ingress_away(service: Service) -> None:
     service.check_whole()
 
 
+@own_proxy
+def test_an_ingress_leaves_behind_rays_own_proxy(service: Service) -> None:
+    with redeployed(service, drain=SHORT_DRAIN):
+        take_an_ingress_away(service)
+        service.check_rest()
+
+
+@launched
+def test_the_model_changes_under_load(service: Service, tmp_path: Path) -> None:
+    """There and back. Each model has a router of its own. Who asks an old ingress after the old replicas have gone waits
+    in vain and is told; nobody who was shown a token loses his answer."""
+    args = copy.deepcopy(service.config["applications"][0]["args"])
+    shutil.copytree(args["model"]["model"], tmp_path / "another")
+    other = args | {"model": args["model"] | {"model": str(tmp_path / "another")}}
+    for changed in (other, args):
+        load = redeploy(service, changed)
+        refused = [stream for _, _, stream in load.streams if stream.error is not None]
+        for _, _, stream in load.streams:
+            if stream.error is None:
+                stream.check()
+        for stream in refused:
+            assert stream.tokens == []
+            assert "status 429" in repr(stream.error)
+            assert "waited 30.0 s for a replica with room" in repr(stream.error)
+        assert len(refused) <= NUM_CLIENTS, "each client asks the new ones after that"
+        ask(service, 100)
+        service.check_rest()
+
+
+@launched
 def test_the_controller_is_killed(service: Service) -> None:
     """Traffic flows, Serve brings it back, and no replica is taken for one that leaves meanwhile."""
     parts = service.pids("Ingress"), service.pids("Replica")
