@@ -157,6 +157,9 @@ class ModelArgs(Options):
     """Name or names under which clients ask for the model; answers carry the first. null: the id, or the directory's
     last part."""
 
+    pooling: Literal["last", "mean"] | None = None
+    """How a prompt becomes the vector of /v1/embeddings. null: as the checkpoint's modules.json says; without one, last."""
+
     runner: Literal["model", "simulated"] = "model"
     """simulated: no weights, made-up tokens; for tests and benches. The tokenizer is still the model's."""
 
@@ -431,6 +434,9 @@ class LimitOptions(Options):
 
     max_bias: NotNegativeInt = 1024
     """Entries of logit_bias."""
+
+    max_inputs: PositiveInt = 2048
+    """Inputs of one embedding request."""
 
     max_behind: PositiveInt = 8192
     """Tokens of one request that wait for its client to read. Beyond it the stream ends with an error event."""

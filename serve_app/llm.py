@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 import random
+import struct
 import sys
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from serve_app.engine.engine import Engine
 from serve_app.engine.request import (
     FinishReason,
     GenerateRequest,
+    PoolingParams,
     SamplingParams,
     TokenLogprobs,
     TokenOutput,
@@ -26,10 +28,11 @@ from serve_app.errors import ConfigurationError, InvalidParameterError, InvalidP
 from serve_app.models.decoder_config import read_json
 from serve_app.runner.model_runner import ModelRunner
 from serve_app.text.chat_template import ChatTemplate
+from serve_app.text.pooling_config import load_pooling_config
 from serve_app.text.text_stream import TextStream
 from serve_app.text.tokenizer import Tokenizer
 
-__all__ = ["LLM", "Completion", "SamplingParams"]
+__all__ = ["LLM", "Completion", "Embedding", "SamplingParams"]
 
 
 @dataclass
@@ -54,6 +57,21 @@ class Completion:
     num_cached_tokens: int = 0
     """Prompt tokens that came from the prefix cache."""
     error: str | None = None
+
+
+@dataclass
+class Embedding:
+    """The vector of one prompt."""
+
+    prompt: str | None
+    """The prompt's text; None if it came as token ids."""
+    prompt_token_ids: list[int]
+    embedding: list[float] = field(default_factory=list)
+    """float32 values, of length 1 unless the checkpoint says otherwise."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that came from the prefix cache."""
+    error: str | None = None
+    """Then there is no vector."""
 
 
 class LLM:
@@ -113,13 +131,40 @@ class LLM:
         given: list[str | SequenceOf[int]] = [prompts] if isinstance(prompts, str) else list(prompts)
         params = self._params_for(given, sampling_params)
         groups = [self._requests(prompt, p) for prompt, p in zip(given, params, strict=True)]
-        for i, group in enumerate(groups):
-            try:
-                self.engine.scheduler.check(group)
-            except RaggedServeError as error:
-                error.args = (f"prompt {i}: {error}",)
-                raise
-        return self._run(groups, [p if isinstance(p, str) else None for p in given], use_tqdm)
+        self._check(groups)
+        answers = [
+            _Answer(request, prompt if isinstance(prompt, str) else None, self.tokenizer)
+            for group, prompt in zip(groups, given, strict=True)
+            for request in group
+        ]
+        self._run(groups, answers, "Generating", use_tqdm)
+        return [answer.completion for answer in answers]
+
+    def embed(
+        self,
+        prompts: str | SequenceOf[str] | SequenceOf[SequenceOf[int]],
+        *,
+        pooling: str | None = None,
+        dimensions: int | None = None,
+        use_tqdm: bool | None = None,
+    ) -> list[Embedding]:
+        """One vector for each prompt (text or token ids), in their order.
+
+        ``pooling``: last or mean; None: what the checkpoint says, else last. ``dimensions``: leading elements to keep, of
+        a model that was trained for it. Raises as `generate` does, and UnsupportedModelError.
+        """
+        given: list[str | SequenceOf[int]] = [prompts] if isinstance(prompts, str) else list(prompts)
+        config = load_pooling_config(self.runner.directory, pooling)
+        params = config.params(dimensions)
+        sampling = SamplingParams(max_tokens=1).resolved()
+        groups = [[self._request(self._token_ids(prompt), sampling, params)] for prompt in given]
+        self._check(groups)
+        vectors = [
+            _Vector(request, prompt if isinstance(prompt, str) else None)
+            for (request,), prompt in zip(groups, given, strict=True)
+        ]
+        self._run(groups, vectors, "Embedding", use_tqdm)
+        return [vector.embedding for vector in vectors]
 
     def chat(
         self,
@@ -150,24 +195,39 @@ class LLM:
             )
         return [p.resolved(self.generation_config) for p in given]
 
+    def _token_ids(self, prompt: str | SequenceOf[int]) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            return tuple(self._need_tokenizer("a text prompt").encode(prompt))
+        try:
+            return tuple(operator.index(token_id) for token_id in prompt)  # numpy's and torch's integers, too
+        except TypeError as error:
+            shown = repr(prompt)
+            shown = shown if len(shown) <= 80 else shown[:77] + "..."
+            raise InvalidPromptError(f"a prompt is text or a list of token ids, not {shown} ({error})") from error
+
+    def _check(self, groups: list[list[GenerateRequest]]) -> None:
+        for i, group in enumerate(groups):
+            try:
+                self.engine.scheduler.check(group)
+            except RaggedServeError as error:
+                error.args = (f"prompt {i}: {error}",)
+                raise
+
     def _requests(self, prompt: str | SequenceOf[int], params: SamplingParams) -> list[GenerateRequest]:
         """The choices of one prompt."""
-        if isinstance(prompt, str):
-            ids = self._need_tokenizer("a text prompt").encode(prompt)
-        else:
-            try:
-                ids = [operator.index(token_id) for token_id in prompt]  # numpy's and torch's integers, too
-            except TypeError as error:
-                shown = repr(prompt)
-                shown = shown if len(shown) <= 80 else shown[:77] + "..."
-                raise InvalidPromptError(f"a prompt is text or a list of token ids, not {shown} ({error})") from error
+        ids = self._token_ids(prompt)
         if params.stop:
             self._need_tokenizer("stop strings")
         if params.seed is None:
             params = dataclasses.replace(params, seed=self._seeds.getrandbits(64))
+        first = self._request(ids, params)
+        return [dataclasses.replace(first, choice_index=i) for i in range(params.n)]
+
+    def _request(
+        self, ids: tuple[int, ...], params: SamplingParams, pooling: PoolingParams | None = None
+    ) -> GenerateRequest:
         self._num_requests += 1
-        request_id = f"offline-{self._num_requests}"
-        return [GenerateRequest(request_id, tuple(ids), params, choice_index=i) for i in range(params.n)]
+        return GenerateRequest(f"offline-{self._num_requests}", ids, params, pooling=pooling)
 
     def _need_tokenizer(self, what: str) -> Tokenizer:
         if self.tokenizer is None:
@@ -175,14 +235,17 @@ class LLM:
         return self.tokenizer
 
     def _run(
-        self, groups: list[list[GenerateRequest]], texts: list[str | None], use_tqdm: bool | None
-    ) -> list[Completion]:
-        answers: dict[tuple[str, int], _Answer] = {}
-        for group, text in zip(groups, texts, strict=True):
-            for request in group:
-                answers[request.request_id, request.choice_index] = _Answer(request, text, self.tokenizer)
+        self,
+        groups: list[list[GenerateRequest]],
+        answering: SequenceOf[_Answer] | SequenceOf[_Vector],
+        what: str,
+        use_tqdm: bool | None,
+    ) -> None:
+        """``answering``: one for each request, in their order."""
+        requests = [request for group in groups for request in group]
+        answers = {(r.request_id, r.choice_index): a for r, a in zip(requests, answering, strict=True)}
         hidden = not (sys.stderr.isatty() if use_tqdm is None else use_tqdm)
-        with tqdm(total=len(answers), desc="Generating", unit="seq", disable=hidden) as bar:
+        with tqdm(total=len(answers), desc=what, unit="seq", disable=hidden) as bar:
             try:
                 for group in groups:
                     self.engine.add(group)
@@ -202,7 +265,6 @@ class LLM:
                     self.engine.abort(request_id, choice_index)
                 self.engine.scheduler.take_ended()
                 raise
-        return [answer.completion for answer in answers.values()]
 
 
 class _Answer:
@@ -243,3 +305,20 @@ class _Answer:
                 completion.stop_reason = output.stop_token_id
             self.ends_now = True
         return self.ends_now
+
+
+class _Vector:
+    """An embedding in the making."""
+
+    def __init__(self, request: GenerateRequest, text: str | None) -> None:
+        self.embedding = Embedding(text, list(request.prompt_token_ids))
+        self.ends_now = False
+
+    def take(self, output: TokenOutput) -> bool:
+        """Always True: a vector comes with one output."""
+        self.ends_now = True
+        self.embedding.error = output.error
+        self.embedding.num_cached_tokens = output.num_cached_tokens
+        if output.embedding is not None:
+            self.embedding.embedding = list(struct.unpack(f"<{len(output.embedding) // 4}f", output.embedding))
+        return True

@@ -28,6 +28,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.api.answers import StreamedAnswer
+from serve_app.api.embeddings import EmbeddingRequest
 from serve_app.api.error_response import error_event, error_response
 from serve_app.api.protocol import (
     EVENT_ID_HEADER,
@@ -299,6 +300,20 @@ async def _generate(face: Face, request: Request, kind: type[GenerationRequest])
     return answer
 
 
+async def _embed(face: Face, request: Request) -> Response:
+    received_at = asyncio.get_running_loop().time()
+    remaining_ms = timeout_ms(request.headers.get(TIMEOUT_HEADER))
+    asked = await face.service.parse(EmbeddingRequest, await read_body(request, face.max_body_bytes))
+    if remaining_ms is not None:
+        remaining_ms -= (asyncio.get_running_loop().time() - received_at) * 1000.0
+    work = face.service.embed(asked, asked.request_id or request.state.request_id, remaining_ms)
+    body = await until_disconnect(request.receive, work)
+    if body is None:
+        return Response(status_code=499)  # nobody reads it
+    headers = {} if asked.request_id is None else {"x-request-id": asked.request_id}
+    return Response(body, headers=headers, media_type="application/json")
+
+
 async def _begin(generation: Generation, request_id: str) -> Response:
     chunks = generation.chunks()
     try:
@@ -358,6 +373,10 @@ def _add_routes(app: FastAPI, face: Face) -> None:
     @post("/v1/chat/completions", ChatCompletionRequest, "OpenAI", "Answer a conversation")
     async def chat_completions(request: Request) -> Response:
         return await _generate(face, request, ChatCompletionRequest)
+
+    @post("/v1/embeddings", EmbeddingRequest, "OpenAI", "Turn texts into vectors")
+    async def embeddings(request: Request) -> Response:
+        return await _embed(face, request)
 
     @app.get("/v1/models", tags=["OpenAI"], summary="The names of the model")
     async def models() -> JSONResponse:

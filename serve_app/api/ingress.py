@@ -76,7 +76,9 @@ class Ingress:
         config = IngressUserConfig.parse(user_config)
         self.max_body_bytes = config.limits.max_body_bytes
         limits = config.limits
-        self.service.limits = RequestLimits(limits.max_prompts, limits.max_n, limits.max_stop, limits.max_bias)
+        self.service.limits = RequestLimits(
+            limits.max_prompts, limits.max_n, limits.max_stop, limits.max_bias, max_inputs=limits.max_inputs
+        )
         self.channels.max_behind = limits.max_behind
         self.service.failover.limits = FailoverLimits(**config.failover.model_dump())
         logging.getLogger(logs.ROOT).setLevel(config.log_level)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
+from serve_app.api.embeddings import EmbeddingRequest
 from serve_app.api.messages import Message
 from serve_app.api.protocol import (
     HEADERS,
@@ -41,6 +42,7 @@ def reference() -> str:
     ):
         parts.append(f"## {title}\n\n" + _fields(model, without=shared))
     parts.append("A message:\n\n" + _fields(Message))
+    parts.append("## `POST /v1/embeddings`\n\n" + _fields(EmbeddingRequest))
     parts.append("## `POST /tokenize`\n\n" + _fields(TokenizeRequest))
     parts.append("## `POST /detokenize`\n\n" + _fields(DetokenizeRequest))
     parts.append("## Accepted, without effect\n\n| field | value | why |\n|---|---|---|")
@@ -53,6 +55,7 @@ def reference() -> str:
         ("completions", CompletionRequest),
         ("chats", ChatCompletionRequest),
         ("messages", Message),
+        ("embeddings", EmbeddingRequest),
     )
     for title, place in places:
         parts.append(f"In {title}: " + _unimplemented(place) + ".\n")

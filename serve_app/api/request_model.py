@@ -45,6 +45,9 @@ class RequestLimits:
     max_bias: int = 1024
     """Entries of logit_bias."""
 
+    max_inputs: int = 2048
+    """Inputs of one embedding request."""
+
 
 @dataclass(frozen=True)
 class IgnoredField:

@@ -13,11 +13,13 @@ import random
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from serve_app import hub
 from serve_app.api import resume
 from serve_app.api.answers import Answer, ResumableAnswer, TokenTexts, detokenize_body, make_answer, tokenize_body
+from serve_app.api.embeddings import EmbeddingRequest, check_lengths, embeddings_body, encode_vector
 from serve_app.api.event_id import ChoiceShown
 from serve_app.api.failover import Failover
 from serve_app.api.protocol import (
@@ -34,7 +36,7 @@ from serve_app.api.request_model import RequestLimits
 from serve_app.api.resume import MAX_CHOICES, Begun, Resumable
 from serve_app.api.stream import GenerationStream, Leases, prefix_hashes
 from serve_app.config import ServeArgs
-from serve_app.engine.request import FinishReason, SamplingParams, TokenOutput
+from serve_app.engine.request import FinishReason, GenerateRequest, SamplingParams, TokenOutput
 from serve_app.errors import (
     ContextLengthError,
     EngineUnavailableError,
@@ -47,11 +49,14 @@ from serve_app.replica.channel import Channels
 from serve_app.replica.kept import Keep, Origin
 from serve_app.routing.router import RouterState
 from serve_app.text.chat_template import ChatTemplate
+from serve_app.text.pooling_config import PoolingConfig, load_pooling_config
 from serve_app.text.text_stream import TextStream
 from serve_app.text.tokenizer import Tokenizer
 
 LONG_TEXT = 16_384
 """Characters beyond which a text is tokenized off the event loop: some 4 ms."""
+MAX_INPUTS_AT_ONCE = 64
+"""Of one embedding request: enough to fill a step with short ones, and no more of the router's queue."""
 LONG_BODY = 65_536
 """Bytes beyond which a body is parsed there."""
 
@@ -70,6 +75,8 @@ class ServedModel:
     default_chat_max_tokens: int
     created: int
     """Seconds since 1970, for /v1/models."""
+    pooling: PoolingConfig = dataclasses.field(default_factory=PoolingConfig)
+    """For /v1/embeddings."""
 
 
 def load_served_model(args: ServeArgs) -> ServedModel:
@@ -86,7 +93,18 @@ def load_served_model(args: ServeArgs) -> ServedModel:
         chat_template=ChatTemplate(source, tokenizer.special_tokens) if source else None,
         default_chat_max_tokens=args.api.default_chat_max_tokens,
         created=int(time.time()),
+        pooling=_load_pooling_config(args, directory),
     )
+
+
+def _load_pooling_config(args: ServeArgs, directory: Path) -> PoolingConfig:
+    """``directory``: of the tokenizer."""
+    model = args.model
+    if model.runner == "simulated":
+        return PoolingConfig(model.pooling or "last")
+    if model.tokenizer:
+        directory = hub.resolve_model(model.source, model.revision, hub.TEXT_FILES)
+    return load_pooling_config(directory, model.pooling)
 
 
 class Service:
@@ -186,6 +204,65 @@ class Service:
                         await self._read_on(texts[i, choice_index], token_ids, shown)
             answer.is_over = resumable.event_id.is_over
         return Generation(self, answer, streams, texts)
+
+    async def embed(self, request: EmbeddingRequest, request_id: str, remaining_ms: float | None = None) -> bytes:
+        """The whole answer. Inputs run side by side, MAX_INPUTS_AT_ONCE at most. ``remaining_ms``: as of `start`.
+
+        Raises InvalidRequestErrors, and what a stream raises.
+        """
+        name, state, model = self._name_of(request.model), self.state(), self.model
+        pooling = model.pooling.params(request.dimensions)
+        prompts = await self._off_loop(request.num_chars, lambda: request.prompts(model.tokenizer))
+        check_lengths(prompts, state.max_model_len)
+        loop = asyncio.get_running_loop()
+        deadline = None if remaining_ms is None else loop.time() + remaining_ms / 1000.0
+        vectors = [b""] * len(prompts)
+        todo = iter(enumerate(prompts))
+
+        async def work() -> None:
+            for i, prompt in todo:
+                left = None if deadline is None else (deadline - loop.time()) * 1000.0
+                own_id = f"{request_id}~{uuid.uuid4().hex[:8]}"
+                asked = request.generate_request(own_id, prompt, pooling, left)
+                vectors[i] = encode_vector(await self._embed_one(asked, state.block_size), request.encoding_format)
+
+        self.num_running += 1
+        tasks = [asyncio.create_task(work()) for _ in range(min(len(prompts), MAX_INPUTS_AT_ONCE))]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            self.num_running -= 1
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return embeddings_body(
+            vectors,
+            request_id=request_id,
+            created=int(time.time()),
+            model=name,
+            num_prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts),
+        )
+
+    async def _embed_one(self, request: GenerateRequest, block_size: int) -> bytes:
+        hashes: tuple[int, ...] = ()
+        if not request.needs_every_position:
+            hashes = prefix_hashes(request.prompt_token_ids, block_size, request.cache_salt)
+        stream = GenerationStream(
+            [request],
+            self._leases,
+            self._channels,
+            block_size=block_size,
+            prefix_hashes=hashes,
+            failover=self.failover,
+        )
+        async with contextlib.aclosing(stream.batches()) as batches:  # type: ignore[type-var]
+            async for batch in batches:
+                for output in batch:
+                    if output.finish_reason is FinishReason.ERROR:
+                        raise _error_of(output)
+                    if output.embedding is not None:
+                        return output.embedding
+        raise RuntimeError("the stream is over, and there is no vector")
 
     async def tokenize(self, request: TokenizeRequest) -> bytes:
         self._name_of(request.model)

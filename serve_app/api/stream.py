@@ -231,7 +231,7 @@ class GenerationStream:
             f"{self.request_id}#{self.num_attempts}",
             self._leases.holder_id,
             len(first.prompt_token_ids),
-            first.sampling.max_tokens,
+            first.sampling.max_tokens if first.pooling is None else 0,
             len(self._open),
             first.priority,
             self._prefix_hashes,

@@ -46,6 +46,7 @@ class SimulatedRunner:
     """``script`` chooses the tokens (by default a digest of the prefix does). ``sleep`` spends a step's cost."""
 
     has_position_classes = False
+    hidden_size = 16
 
     def __init__(
         self,
@@ -54,7 +55,6 @@ class SimulatedRunner:
         block_size: int = 32,
         max_model_len: int = 4096,
         vocab_size: int = 32000,
-        hidden_size: int = 16,
         eos_token_ids: frozenset[int] = frozenset(),
         seconds_per_step: float = 0.0,
         seconds_per_token: float = 0.0,
@@ -68,7 +68,6 @@ class SimulatedRunner:
         self.block_size = block_size
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
         self.eos_token_ids = eos_token_ids
         self.max_steps_in_flight = max_steps_in_flight
         self.seconds_per_step = seconds_per_step

@@ -54,12 +54,12 @@ class OutputLengths:
             del self._shares[bisect_left(self._shares, share)]
 
     def expected(self, max_output_tokens: int) -> int:
-        """Tokens to book for an answer that may have ``max_output_tokens``: at least 1, at most those."""
+        """Tokens to book for an answer that may have ``max_output_tokens``: at least 1, at most those (of 0: 0)."""
         if len(self._recent) < MIN_LENGTHS:
             return max_output_tokens
         place = min(len(self._recent) - 1, int(QUANTILE * len(self._recent)))
         share = math.ceil(self._shares[place] * max_output_tokens)
-        return max(1, min(max_output_tokens, self._lengths[place], share))
+        return min(max_output_tokens, max(1, min(self._lengths[place], share)))
 
 
 class DrainRate:

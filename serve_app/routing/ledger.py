@@ -103,7 +103,7 @@ class LeaseRequest:
 
     num_prompt_tokens: int
     max_output_tokens: int
-    """Of each choice."""
+    """Of each choice. 0: the prompt is all (an embedding)."""
 
     num_choices: int = 1
 
@@ -553,7 +553,8 @@ class Ledger:
         allowed = request.max_output_tokens
         if num_output_tokens is not None:
             length = min(allowed, -(-num_output_tokens // request.num_choices))
-            self._lengths.add(length, allowed)
+            if allowed:  # an embedding has no output
+                self._lengths.add(length, allowed)
             if not request.is_continuation:  # else a part of the answer was there before the grant
                 self._service.add(length, seconds)
         elif (expected := self._service.expected(self._lengths.expected(allowed))) is not None and seconds > expected:
@@ -734,7 +735,7 @@ class Ledger:
     def _whole_need(self, request: LeaseRequest, report: ReplicaReport) -> int | None:
         """Blocks for all that the request may have. None: this replica can never hold it."""
         room = report.max_model_len - request.num_prompt_tokens
-        if room < 1:
+        if room < min(1, request.max_output_tokens):
             return None
         num_output = min(request.max_output_tokens, room)
         need = num_blocks_for(request.num_prompt_tokens, num_output, request.num_choices, report.block_size)
