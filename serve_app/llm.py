@@ -82,6 +82,7 @@ class LLM:
 
     ``dtype``: auto, float32, bfloat16 or float16; ``device``: auto (a GPU if there is one), cpu or cuda;
     ``load_format``: auto, or dummy for random weights from the config alone; ``revision``: of a hub repository;
+    ``implementation``: auto, or transformers to run a model through that package that we have a page of our own for;
     ``tokenizer``: a directory, where it is not the model's. Every field of EngineConfig is an option by its name. Raises
     a StartupError that says what is wrong.
     """
@@ -94,6 +95,7 @@ class LLM:
         device: str = "auto",
         load_format: str = "auto",
         revision: str | None = None,
+        implementation: str = "auto",
         tokenizer: str | Path | None = None,
         **engine_options: Any,
     ) -> None:
@@ -103,7 +105,13 @@ class LLM:
                 raise ConfigurationError(f"unknown option {name!r}; the engine's options are {', '.join(known)}")
         self.config = EngineConfig(**engine_options)
         self.runner = ModelRunner(
-            model, self.config, dtype=dtype, device=device, load_format=load_format, revision=revision
+            model,
+            self.config,
+            dtype=dtype,
+            device=device,
+            load_format=load_format,
+            revision=revision,
+            implementation=implementation,
         )
         self.engine = Engine(self.config, self.runner)
         directory = self.runner.directory if tokenizer is None else Path(tokenizer)

@@ -128,6 +128,121 @@ def reference_greedy(
     return output.sequences[0, len(prompt_ids) :].tolist(), (best_two[:, 0] - best_two[:, 1]).tolist()
 
 
+OTHERS: dict[str, dict[str, Any]] = {
+    # Windows in two layers of three, both soft-caps low enough to bite, a scale that is not head_dim's.
+    "Gemma2ForCausalLM": {
+        "num_hidden_layers": 3,
+        "head_dim": 32,
+        "sliding_window": 13,
+        "query_pre_attn_scalar": 20,
+        "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 4.0,
+    },
+    # Two rotary embeddings, norms on queries and keys.
+    "Gemma3ForCausalLM": {
+        "num_hidden_layers": 3,
+        "head_dim": 16,
+        "sliding_window": 19,
+        "query_pre_attn_scalar": 24,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 100_000.0, "factor": 4.0},
+        },
+    },
+    # longrope over three quarters of a head; a window in every layer.
+    "Phi3ForCausalLM": {
+        "max_position_embeddings": 512,
+        "original_max_position_embeddings": 128,
+        "sliding_window": 40,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10_000.0,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 1.7],
+            "long_factor": [1.0, 2.0, 3.0, 5.0, 9.0, 17.0],
+        },
+    },
+    # Half of a head turns; attention and MLP side by side.
+    "GPTNeoXForCausalLM": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5},
+    },
+    # Learned positions with an offset; embeddings narrower than the model.
+    "OPTForCausalLM": {"ffn_dim": 80, "word_embed_proj_dim": 32, "do_layer_norm_before": True},
+    # Experts in one layer, a plain MLP in the other.
+    "Qwen3MoeForCausalLM": {
+        "head_dim": 16,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "mlp_only_layers": [1],
+        "norm_topk_prob": True,
+    },
+    # Four multipliers of its own.
+    "GraniteForCausalLM": {
+        "attention_multiplier": 0.2,
+        "logits_scaling": 3.0,
+        "embedding_multiplier": 2.0,
+        "residual_multiplier": 0.5,
+    },
+    # Rotary pairs next to each other, norms without bias, logits scaled.
+    "CohereForCausalLM": {"logit_scale": 0.3, "use_qk_norm": True},
+}
+"""Architectures that run through transformers, with changes of their configs that make the most of what is odd in each."""
+
+
+def make_other_model(directory: Path, architecture: str, *, seed: int = 0, **changes: Any) -> Path:
+    """A random model of any architecture of transformers, with the tokenizer of `make_tiny_model`; no eos.
+
+    ``changes``: of the config; without any, those of OTHERS. Weights follow from seed.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    vocab_size = 307
+    _write_tokenizer(directory, vocab_size)
+    model_class = getattr(transformers, architecture)
+    common = {
+        "vocab_size": vocab_size,
+        "hidden_size": 64,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        "tie_word_embeddings": False,
+    }
+    config = model_class.config_class(**{**common, **(changes or OTHERS.get(architecture, {}))})
+    model = model_class(config)
+    _randomize(model, seed)
+    model.generation_config = GenerationConfig()
+    model.save_pretrained(directory)
+    return directory
+
+
+@torch.no_grad()
+def greedy_margins(model: Any, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> list[float]:
+    """By how much each output token loses against the best one (0: it is the best), by one forward without a cache.
+
+    If all are 0, the output is the greedy one, token by token: every position is judged on the same tokens before it.
+    (transformers' own caches with windows are another path through its code; this is the model itself.)
+    """
+    tokens = torch.tensor([[*prompt_ids, *output_ids]])
+    logits = model(input_ids=tokens, use_cache=False).logits[0, len(prompt_ids) - 1 : -1]
+    chosen = logits.gather(1, torch.tensor(output_ids)[:, None])[:, 0]
+    return (logits.max(dim=1).values - chosen).tolist()
+
+
+def load_reference(directory: Path, **changes: Any) -> Any:
+    """transformers' model in float32 with its eager attention. ``changes``: of its config."""
+    config = transformers.AutoConfig.from_pretrained(directory)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    load = AutoModelForCausalLM.from_pretrained
+    return load(directory, config=config, dtype=torch.float32, attn_implementation="eager").eval()
+
+
 @functools.lru_cache(maxsize=4)
 def _load(directory: Path, weights_version: int) -> tuple[Any, list[int]]:
     """The model in float32 and its eos ids. ``weights_version``: so that a rewritten directory is loaded anew."""
@@ -142,16 +257,18 @@ def _load(directory: Path, weights_version: int) -> tuple[Any, list[int]]:
 def _randomize(model: torch.nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if name.endswith("norm.weight"):
+        if name.endswith("norm.weight") or (parameter.ndim == 1 and not name.endswith("bias")):
             parameter.normal_(1.0, 0.2, generator=generator)
         elif name.endswith("bias"):
             parameter.normal_(0.0, 0.3, generator=generator)
-        elif "embed_tokens" in name:  # small beside what the layers add: a tied head would repeat its input
+        elif "embed" in name or name.endswith(
+            "wte.weight"
+        ):  # small beside what the layers add: a tied head would repeat its input
             parameter.normal_(0.0, 0.1, generator=generator)
-        elif "lm_head" in name:
+        elif "lm_head" in name or name.startswith("embed_out"):
             parameter.normal_(0.0, 0.2, generator=generator)
         else:
-            parameter.normal_(0.0, 1.5 / math.sqrt(parameter.shape[1]), generator=generator)
+            parameter.normal_(0.0, 1.5 / math.sqrt(parameter.shape[-1]), generator=generator)
 
 
 def _write_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:

@@ -45,6 +45,12 @@ _REFUSED_KEYS = {
 }
 """Keys of a config.json that, if set, mean something else than `RUNS`. (Most would be found by the dry run, too, but in
 words that help less.)"""
+_REFUSED_NAMES = {
+    "BloomForCausalLM": "ALiBi, a bias on the scores",
+    "MptForCausalLM": "ALiBi, a bias on the scores",
+    "GptOssForCausalLM": "attention sinks",
+}
+"""The same for architectures whose configs have no such key."""
 _READ_ARGUMENTS = ("scaling", "softcap", "sliding_window", "dropout", "is_causal", "position_ids")
 """What attention functions are given beside q, k, v and the mask, and what we do with it. The window follows from the
 mask; another argument that is set is one we would ignore, so it is refused."""
@@ -155,10 +161,9 @@ def read_config(directory: Path, architecture: str) -> Any:
 def build_on_meta(architecture: str, hf_config: Any, attention: str, dtype: torch.dtype = torch.float32) -> Any:
     """The model without data. Raises UnsupportedModelError if it is no causal language model of transformers."""
     from transformers import AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(hf_config), None)
-    if known is None or known.__name__ != architecture:
+    if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(hf_config.model_type) != architecture:
         raise refusal(architecture, "it is none of transformers' causal language models")
     try:
         with quiet(), torch.device("meta"):
@@ -194,12 +199,15 @@ def quiet() -> Iterator[None]:
 def _refuse_by_key(name: str, hf_config: Any) -> None:
     if getattr(hf_config, "is_encoder_decoder", False):
         raise refusal(name, "it is an encoder-decoder")
+    if name in _REFUSED_NAMES:
+        raise refusal(name, f"it has {_REFUSED_NAMES[name]}")
     for key, what in _REFUSED_KEYS.items():
         if getattr(hf_config, key, None):
             raise refusal(name, f"it has {what} ({key} in its config)")
     layer_types = set(getattr(hf_config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if layer_types:
-        raise refusal(name, f"it has layers of type {', '.join(sorted(layer_types))}")
+        what = ", ".join(sorted(layer_types))
+        raise refusal(name, f"it has layers of type {what}: no state-space, recurrent or chunked layers run here")
     for rope in _ropes(getattr(hf_config, "rope_parameters", None)):
         if rope.get("rope_type") == "dynamic":
             raise refusal(

@@ -213,6 +213,7 @@ def _load(config: TransformersConfig, directory: Path, dtype: torch.dtype) -> An
                 attn_implementation=SERVED,
                 use_safetensors=True,
                 local_files_only=True,
+                ignore_mismatched_sizes=True,  # they are told, like the rest, and refused below
                 output_loading_info=True,
             )
     except (RuntimeError, ValueError, OSError) as error:

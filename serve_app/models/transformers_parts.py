@@ -80,7 +80,7 @@ class RowNorm(nn.Module):
 
     def __init__(self, weight: torch.Tensor, eps: float, ops: Ops) -> None:
         super().__init__()
-        self.register_buffer("weight", weight, persistent=False)
+        self.weight = nn.Parameter(weight, requires_grad=False)
         self.eps = eps
         self.ops = ops
 
