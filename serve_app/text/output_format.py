@@ -48,10 +48,16 @@ class OutputFormat:
         return frozenset(self.special_markers.values())
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, tool_format: str = AUTO, reasoning_format: str = AUTO) -> OutputFormat:
+    def of(
+        cls,
+        tokenizer: Tokenizer,
+        tool_format: str = AUTO,
+        reasoning_format: str = AUTO,
+        chat_template: str | None = None,
+    ) -> OutputFormat:
         """The formats that the configuration names, or those that fit the model's chat template (the one for tools, if it
-        has one). Raises ConfigurationError for a name that is none of the tables'."""
-        templates = tokenizer.chat_templates
+        has one), or the ``chat_template`` in its place. Raises ConfigurationError for a name that is none of the tables'."""
+        templates = tokenizer.chat_templates if chat_template is None else {"default": chat_template}
         template = templates.get("tool_use") or templates.get("default") or ""
         tools = _named(tool_format, TOOL_FORMATS, "tool_format", detect_tool_format(template))
         reasoning = _named(reasoning_format, REASONING_FORMATS, "reasoning_format", detect_reasoning_format(template))
@@ -111,11 +117,26 @@ class OutputFormat:
             )
         shape = forced_format(self.tools).shape
         assert shape is not None
-        grammars = [
-            tool_grammars.tool_calls(shape, tools, parallel=parallel, special_ids=ids)
-            for ids in (self.special_markers, tool_grammars.NO_IDS)
-        ]
-        return self.after_reasoning(Grammars(*grammars), prompt=prompt, final_message=final_message)
+        grammars = Grammars(
+            *(tool_grammars.tool_calls(shape, tools, parallel=parallel, special_ids=ids) for ids in self._id_tables)
+        )
+        return self.after_reasoning(grammars, prompt=prompt, final_message=final_message)
+
+    def free_calls(
+        self, tools: Sequence[CallableTool], *, parallel: bool, prompt: str, final_message: str | None = None
+    ) -> Grammars | None:
+        """The grammar of an answer that may be text and calls (tool_choice auto): strict tools get arguments that follow
+        their schemas, and without ``parallel`` the answer ends with its first call. The answer is parsed as any other.
+
+        None where that cannot be said: the format has no marker of its own for calls. Raises as `forced_calls`.
+        """
+        shape = None if self.tools is None else self.tools.shape
+        if shape is None or not shape.trigger:
+            return None
+        grammars = Grammars(
+            *(tool_grammars.text_and_calls(shape, tools, parallel=parallel, special_ids=ids) for ids in self._id_tables)
+        )
+        return self.after_reasoning(grammars, prompt=prompt, final_message=final_message)
 
     def after_reasoning(self, grammars: Grammars, *, prompt: str, final_message: str | None = None) -> Grammars:
         """The grammars, behind the reasoning where the model may write some at the end of this prompt."""
@@ -127,9 +148,14 @@ class OutputFormat:
         return Grammars(
             *(
                 tool_grammars.after_reasoning(self.reasoning, text, is_open=is_open, special_ids=ids)
-                for text, ids in zip(grammars, (self.special_markers, tool_grammars.NO_IDS), strict=True)
+                for text, ids in zip(grammars, self._id_tables, strict=True)
             )
         )
+
+    @property
+    def _id_tables(self) -> tuple[Mapping[str, int], Mapping[str, int]]:
+        """For the two fields of Grammars."""
+        return self.special_markers, tool_grammars.NO_IDS
 
 
 class Grammars(NamedTuple):

@@ -40,6 +40,10 @@ class CallShape:
     opening: str = ""
     closing: str = ""
 
+    trigger: str = ""
+    """The marker that all of it begins with, and that stands nowhere else. Empty if there is none: then calls in free
+    text cannot be told from text by a grammar."""
+
 
 @dataclass(frozen=True)
 class ToolFormat:
@@ -74,9 +78,11 @@ class ToolFormat:
         return "tools" in chat_template and all(re.search(sign, chat_template) for sign in self.template_signs)
 
 
-HERMES_SHAPE = CallShape('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", "\n")
-MISTRAL_SHAPE = CallShape("[TOOL_CALLS]", "[ARGS]")
-MISTRAL_LIST_SHAPE = CallShape('{"name": "', '", "arguments": ', "}", ", ", "[TOOL_CALLS] [", "]")
+HERMES_SHAPE = CallShape('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", "\n", trigger="<tool_call>")
+MISTRAL_SHAPE = CallShape("[TOOL_CALLS]", "[ARGS]", trigger="[TOOL_CALLS]")
+MISTRAL_LIST_SHAPE = CallShape(
+    '{"name": "', '", "arguments": ', "}", ", ", "[TOOL_CALLS] [", "]", trigger="[TOOL_CALLS]"
+)
 LLAMA3_JSON_SHAPE = CallShape('{"name": "', '", "parameters": ', "}", "; ")
 
 QUOTE = r"""\\?["']"""

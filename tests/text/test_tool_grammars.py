@@ -17,7 +17,7 @@ from serve_app.text.output_format import Grammars, OutputFormat
 from serve_app.text.output_parser import OutputDelta, join
 from serve_app.text.reasoning_formats import REASONING_FORMATS
 from serve_app.text.tool_formats import TOOL_FORMATS, ToolFormat, forced_format
-from serve_app.text.tool_grammars import MAX_CALLS, CallableTool, after_reasoning, tool_calls
+from serve_app.text.tool_grammars import MAX_CALLS, CallableTool, after_reasoning, text_and_calls, tool_calls
 
 END = 256
 SPECIAL = ("[TOOL_CALLS]", "[ARGS]", "[THINK]", "[/THINK]")
@@ -272,6 +272,63 @@ def test_what_the_grammar_allows_is_read_as_calls(format: ToolFormat, special_id
     parsed = join([composed.push("well?\n</think>\n\n" + shape_text(format, ("f", ANSWER))), composed.finish()])
     assert accepts(thinking, "well?\n</think>\n\n" + shape_text(format, ("f", ANSWER)))
     assert (parsed.reasoning, parsed.content.strip(), len(parsed.tool_calls)) == ("well?\n", "", 1)
+
+
+TRIGGERED = [format for format in SHAPED if format.shape is not None and format.shape.trigger]
+STRICT_F = CallableTool("f", F.parameters, strict=True)
+
+
+@pytest.mark.parametrize("format", TRIGGERED, ids=lambda format: format.name)
+@pytest.mark.parametrize("special_ids", [{}, IDS], ids=["text", "special"])
+def test_text_in_which_every_call_is_right(format: ToolFormat, special_ids: dict[str, int]) -> None:
+    """tool_choice auto with strict functions."""
+    assert format.shape is not None
+    text = text_and_calls(
+        format.shape, [STRICT_F, CallableTool("fg", FG.parameters)], parallel=True, special_ids=special_ids
+    )
+    right, loose = shape_text(format, ("f", ANSWER)), shape_text(format, ("fg", '{"not": ["checked"]}'))
+    trigger = format.shape.trigger
+    for sentence in ["", "Hello", right, loose, f"Well,\n\n{right}", f"{right}{loose}", f"{right}\n{loose} and\n"]:
+        assert accepts(text, sentence, special_ids), sentence
+    assert accepts(text, shape_text(format, ("f", ANSWER), ("f", ANSWER)), special_ids)
+    assert accepts(text, trigger[:-1]) == (trigger != "")
+    wrong = shape_text(format, ("f", '{"a": "1"}'))
+    for sentence in [
+        f"{trigger} oops",
+        wrong,
+        f"Hi {wrong}",
+        f"{right} {wrong}",
+        shape_text(format, ("h", "{}")),
+        right[:-1],
+    ]:
+        assert not accepts(text, sentence, special_ids), sentence
+
+    one = text_and_calls(format.shape, [STRICT_F], parallel=False, special_ids=special_ids)
+    for sentence in ["", "Hello", right, f"Well {right}"]:
+        assert accepts(one, sentence, special_ids), sentence
+    for sentence in [
+        f"{right}{right}",
+        f"{right} and",
+        shape_text(format, ("f", ANSWER), ("f", ANSWER)),
+        f"a {trigger} b",
+    ]:
+        assert not accepts(one, sentence, special_ids), sentence
+    made = matcher(one)
+    ids = ids_of(f"Well {right}", special_ids)
+    assert made.try_consume_tokens(ids) == len(ids)
+    assert made.is_stopped()
+
+
+def test_a_format_without_a_marker_has_no_grammar_for_text_and_calls() -> None:
+    for format in TOOL_FORMATS:
+        found = OutputFormat(format).free_calls([STRICT_F], parallel=True, prompt="")
+        assert (found is not None) == (format in TRIGGERED)
+    assert OutputFormat().free_calls([STRICT_F], parallel=True, prompt="") is None
+    output = OutputFormat(FORMATS["hermes"], REASONING["think"])
+    grammars = output.free_calls([STRICT_F], parallel=True, prompt="assistant\n<think>\n")
+    assert grammars is not None
+    assert accepts(grammars.text, "so <tool_call>?</think>\n\nHm. " + shape_text(FORMATS["hermes"], ("f", ANSWER)))
+    assert not accepts(grammars.text, "so</think>" + shape_text(FORMATS["hermes"], ("f", "{}")))
 
 
 def test_schemas_are_checked_with_their_place() -> None:
