@@ -97,6 +97,12 @@ HERMES: dict[str, Vector] = {
         (("f", '{"s": "</tool_call><tool_call>"}'),),
     ),
     "a brace too many": Vector('<tool_call>{"name": "g", "arguments": {}}}</tool_call> x', "} x", (("g", "{}"),)),
+    "white space before a closer that comes late": Vector(
+        'a  <tool_call>{"name": "g"}} \n</tool_call>b', "a  }b", (("g", "{}"),)
+    ),
+    "closer of a block without a call": Vector(
+        '<tool_call>{"name": "g"}<tool_call>no</tool_call>', "<tool_call>no</tool_call>", (("g", "{}"),)
+    ),
     "a brace too few": Vector('<tool_call>{"name": "g", "arguments": {}</tool_call> x', " x", (("g", "{}"),)),
     "arguments broken off": Vector(
         '<tool_call>{"name": "f", "arguments": {"a": 1</tool_call> x', " x", (("f", '{"a": 1'),)
@@ -233,6 +239,9 @@ PYTHONIC: dict[str, Vector] = {
     "text before and after": Vector("I call:\n[g()]\nDone.", "I call:\n\nDone.", (("g", "{}"),)),
     "text between": Vector("[g()] and\n[g()]", " and", (("g", "{}"), ("g", "{}"))),
     "inside of a line": Vector("as in [g()]", "as in [g()]"),
+    "right behind a call": Vector(
+        "See <|python_start|>[g()]<|python_end|> [g()] [g()]", "See", (("g", "{}"), ("g", "{}"), ("g", "{}"))
+    ),
     "a link": Vector("[f](http://x) and [1]", "[f](http://x) and [1]"),
     "a list": Vector("[1, 2]\n[]\n[[g()]]", "[1, 2]\n[]\n[[g()]]"),
     "unknown name": Vector("[h(a=1), g()]", "[h(a=1), g()]"),
