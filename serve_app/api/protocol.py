@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import Field, PlainValidator
@@ -16,6 +17,7 @@ from pydantic import Field, PlainValidator
 from serve_app.api.error_response import WrongValueError, shown
 from serve_app.api.messages import ChatInput, Message
 from serve_app.api.request_model import MAX_INT, IgnoredField, RequestLimits, RequestModel, Unimplemented
+from serve_app.api.response_format import Constraint, ResponseFormat, StructuredOutputs
 from serve_app.engine.request import MAX_LOGPROBS, MAX_SEED, GenerateRequest, SamplingParams
 from serve_app.errors import InvalidParameterError, InvalidPromptError, UnsupportedParameterError
 from serve_app.text.chat_template import ChatTemplate
@@ -101,14 +103,12 @@ UNIMPLEMENTED: Unimplemented = {
     "logprob_token_ids": (),
     "prompt_logprobs": (),
     "repetition_detection": (),
-    "response_format": ({"type": "text"},),
     "return_token_offsets": (False,),
     "return_tokens_as_token_ids": (False,),
     "routed_experts_prompt_start": (0,),
     "session_id": (),
     "spaces_between_special_tokens": (True,),
     "stream_interval": (1,),
-    "structured_outputs": (),
     "thinking_token_budget": (),
     "truncate_prompt_tokens": (),
     "truncation_side": (),
@@ -116,6 +116,15 @@ UNIMPLEMENTED: Unimplemented = {
     "vllm_xargs": ({},),
     "watermarking": (False,),
 }
+
+RENAMED: Mapping[str, str] = {
+    "guided_choice": "structured_outputs.choice",
+    "guided_grammar": "structured_outputs.grammar",
+    "guided_json": "structured_outputs.json",
+    "guided_regex": "structured_outputs.regex",
+    "guided_whitespace_pattern": "structured_outputs.whitespace_pattern",
+}
+"""vLLM's own names before it renamed them."""
 
 COMPLETION_UNIMPLEMENTED: Unimplemented = {**UNIMPLEMENTED, "prompt_embeds": ([],), "suffix": ("",)}
 
@@ -292,6 +301,12 @@ class GenerationInput(RequestModel):
     allowed_token_ids: TokenIds | None = None
     """If given, no other token is sampled."""
 
+    response_format: ResponseFormat = None
+    """`{"type": "json_object"}`, or `{"type": "json_schema", "json_schema": {"schema": ...}}`: the answer is such JSON."""
+
+    structured_outputs: StructuredOutputs | None = None
+    """The same, of vLLM: an object with one of `json` (a schema), `regex`, `choice`, `grammar`, `json_object`."""
+
     stop: Stop = Field([])
     """Strings that end the answer, without showing."""
 
@@ -329,6 +344,17 @@ class GenerationInput(RequestModel):
     """Put the ids of prompt and answer beside the text."""
 
     ignored: ClassVar[Mapping[str, IgnoredField]] = WITHOUT_EFFECT
+    renamed: ClassVar[Mapping[str, str]] = RENAMED
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """What the answer must be."""
+        return self.response_format or self.structured_outputs
+
+    @cached_property
+    def grammar(self) -> str | None:
+        """The constraint, for SamplingParams; not compiled yet. Raises InvalidRequestErrors with the place."""
+        return None if self.constraint is None else self.constraint.to_grammar()
 
     @property
     def num_logprobs(self) -> int | None:
@@ -383,6 +409,7 @@ class GenerationInput(RequestModel):
             frequency_penalty=self.frequency_penalty,
             logit_bias=self.logit_bias or None,
             allowed_token_ids=None if self.allowed_token_ids is None else tuple(self.allowed_token_ids),
+            grammar=self.grammar,
             stop=tuple(self.stop),
             stop_token_ids=tuple(self.stop_token_ids),
             include_stop_str_in_output=self.include_stop_str_in_output,
@@ -427,6 +454,12 @@ class GenerationInput(RequestModel):
         max_tokens = self.given_max_tokens
         if max_tokens is not None and self.min_tokens > max(max_tokens, 1):
             raise InvalidParameterError("min_tokens", self.min_tokens, f"at most max_tokens ({max_tokens})")
+        if self.response_format is not None and self.structured_outputs is not None:
+            raise InvalidParameterError(
+                "structured_outputs", self.structured_outputs.kind, "left out where response_format asks for JSON"
+            )
+        if self.constraint is not None:
+            assert self.grammar  # or it raises
         if self.allowed_token_ids == []:
             raise InvalidParameterError("allowed_token_ids", [], "a list of at least one token id")
 

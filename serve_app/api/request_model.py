@@ -77,6 +77,8 @@ class RequestModel(BaseModel):
 
     unimplemented: ClassVar[Unimplemented] = {}
     ignored: ClassVar[Mapping[str, IgnoredField]] = {}
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """What is said instead of an unimplemented name, where there is something."""
 
     @model_validator(mode="before")
     @classmethod
@@ -110,8 +112,9 @@ class RequestModel(BaseModel):
                     )
             elif name in cls.unimplemented:
                 if value is not None and not any(_same(value, neutral) for neutral in cls.unimplemented[name]):
+                    instead = f": use {cls.renamed[name]}" if name in cls.renamed else ""
                     raise UnsupportedParameterError(
-                        path + name, f"is {shown(value)}; this server does not implement it"
+                        path + name, f"is {shown(value)}; this server does not implement it{instead}"
                     )
             else:
                 known = [*cls.model_fields, *cls.ignored]

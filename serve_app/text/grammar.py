@@ -46,8 +46,8 @@ class JsonOptions:
     disable_additional_properties: bool = False
     """Objects that list their properties have no others, also where a schema is put together."""
 
-    def separators(self) -> dict[str, Any]:
-        """The library's options. Raises InvalidParameterError."""
+    def separators(self, path: str = "") -> dict[str, Any]:
+        """The library's options. ``path``: before the field's name in messages. Raises InvalidParameterError."""
         pattern = self.whitespace_pattern
         if pattern is None or pattern == "":
             return NO_BLANK if self.disable_any_whitespace or pattern == "" else ONE_BLANK
@@ -55,7 +55,7 @@ class JsonOptions:
             raise InvalidParameterError("whitespace_pattern", pattern, "left out where disable_any_whitespace is true")
         if _ONLY_WHITE_SPACE.fullmatch(pattern) is None or len(pattern) > 256:
             raise InvalidParameterError(
-                "whitespace_pattern",
+                path + "whitespace_pattern",
                 pattern,
                 "a regex of blanks, tabs and line ends: ' ', \\n, \\r, \\t, \\s, [], |, ?, *, +, {}",
             )

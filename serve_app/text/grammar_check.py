@@ -166,10 +166,13 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def cleaned(problem: str) -> str:
-    """The library's sentence without the source that it shows around it."""
+    """The library's sentence without the source that it shows around it, and without its options."""
+    if problem.startswith("oneOf "):
+        return "oneOf is taken where no value can fit two of its schemas; anyOf always is"
     lines = [line.strip() for line in problem.splitlines()]
     reason = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), "")
-    return reason or " ".join(" ".join(line for line in lines if "|" not in line or len(lines) == 1).split())[:300]
+    words = [line for line in lines if line.strip("^") and ("|" not in line or len(lines) == 1)]
+    return (reason or " ".join(" ".join(words).split()))[:300]
 
 
 def original_place(place: list[str | int]) -> json_schema.Place:

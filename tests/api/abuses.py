@@ -62,6 +62,38 @@ def _bad_body(name: str, body: bytes | Callable[[], bytes], path: str = COMPLETI
     return Abuse(name, path, body, 400, "invalid_body")
 
 
+SCHEMA = "response_format.json_schema.schema"
+
+
+def _bad_format(name: str, value: Any, param: str, code: str = "invalid_parameter") -> Abuse:
+    return _bad_chat(f"response_format: {name}", chat(response_format=value), param, code)
+
+
+def _bad_schema(
+    name: str, schema: Any, param: str, code: str = "invalid_parameter", level: Any = "protocol", strict: Any = True
+) -> Abuse:
+    def body() -> bytes:
+        made = schema() if callable(schema) else schema
+        return chat(
+            response_format={"type": "json_schema", "json_schema": {"name": "a", "strict": strict, "schema": made}}
+        )
+
+    return Abuse(f"schema: {name}", CHAT, body, 400, code, param, level)
+
+
+def _bad_structured(
+    name: str, value: Any, param: str, code: str = "invalid_parameter", level: Any = "protocol"
+) -> Abuse:
+    return Abuse(
+        f"structured_outputs: {name}", COMPLETIONS, completion(structured_outputs=value), 400, code, param, level
+    )
+
+
+def _chain(length: int) -> dict[str, Any]:
+    links = {f"a{i}": {"type": "array", "items": {"$ref": f"#/$defs/a{i + 1}"}} for i in range(length)}
+    return {"$defs": {**links, f"a{length}": {"type": "null"}}, "$ref": "#/$defs/a0"}
+
+
 ABUSES: tuple[Abuse, ...] = (
     # ---- what is no JSON object
     _bad_body("empty body", b""),
@@ -104,12 +136,92 @@ ABUSES: tuple[Abuse, ...] = (
     _bad("store", {"store": True}, "store", "unsupported_parameter"),
     _bad("service_tier", {"service_tier": "flex"}, "service_tier", "unsupported_parameter"),
     _bad_chat("tools", chat(tools=[{"type": "function"}]), "tools", "unsupported_parameter"),
-    _bad_chat(
-        "response_format", chat(response_format={"type": "json_object"}), "response_format", "unsupported_parameter"
-    ),
     _bad_chat("audio", chat(modalities=["text", "audio"]), "modalities", "unsupported_parameter"),
     _bad_chat("reasoning_effort", chat(reasoning_effort="high"), "reasoning_effort", "unsupported_parameter"),
     _bad_chat("a template of the client", chat(chat_template="{{ 1 }}"), "chat_template", "unsupported_parameter"),
+    # ---- structured output
+    _bad_format("response_format is a string", "json", "response_format"),
+    _bad_format("response_format is empty", {}, "response_format.type"),
+    _bad_format("unknown type", {"type": "yaml"}, "response_format.type"),
+    _bad_format("structural tags", {"type": "structural_tag"}, "response_format.type", "unsupported_parameter"),
+    _bad_format("json_schema without it", {"type": "json_schema"}, "response_format.json_schema"),
+    _bad_format(
+        "a schema in the wrong place",
+        {"type": "json_schema", "schema": {}},
+        "response_format.schema",
+        "unknown_parameter",
+    ),
+    _bad_format("no schema", {"type": "json_schema", "json_schema": {"name": "a"}}, SCHEMA),
+    _bad_schema("a schema is a list", [], SCHEMA),
+    _bad_schema("strict is a number", {}, "response_format.json_schema.strict", strict=1),
+    _bad_schema("unknown JSON type", {"type": "text"}, f"{SCHEMA}.type"),
+    _bad_schema("a property is no schema", {"properties": {"a": {"items": 5}}}, f"{SCHEMA}.properties.a.items"),
+    _bad_schema("not", {"items": {"not": {}}}, f"{SCHEMA}.items.not", "unsupported_parameter"),
+    _bad_schema("if", {"if": {}, "then": {}}, f"{SCHEMA}.if", "unsupported_parameter"),
+    _bad_schema("unique items", {"uniqueItems": True}, f"{SCHEMA}.uniqueItems", "unsupported_parameter"),
+    _bad_schema("a reference to nothing", {"$ref": "#/$defs/a"}, f"{SCHEMA}.$ref"),
+    _bad_schema("a reference to another host", {"$ref": "http://127.0.0.1/a"}, f"{SCHEMA}.$ref"),
+    _bad_schema("a reference to a file", {"$ref": "file:///etc/passwd"}, f"{SCHEMA}.$ref"),
+    _bad_schema("recursive without an end", {"$ref": "#"}, SCHEMA),
+    _bad_schema(
+        "each node holds another one",
+        {
+            "$defs": {"N": {"type": "object", "properties": {"n": {"$ref": "#/$defs/N"}}, "required": ["n"]}},
+            "$ref": "#/$defs/N",
+        },
+        f"{SCHEMA}.$defs.N",
+    ),
+    _bad_schema("5 MB of choices", lambda: {"enum": [f"{i:05}" * 10 for i in range(100_000)]}, SCHEMA),
+    _bad_schema("5 MB of properties", lambda: {"properties": {f"p{i:06}" * 5: {} for i in range(120_000)}}, SCHEMA),
+    _bad_structured("nothing", {}, "structured_outputs"),
+    _bad_structured("two kinds", {"regex": "a", "choice": ["b"]}, "structured_outputs"),
+    _bad_structured("unknown kind", {"jsn": {}}, "structured_outputs.jsn", "unknown_parameter"),
+    _bad_structured("a tag", {"structural_tag": "{}"}, "structured_outputs.structural_tag", "unsupported_parameter"),
+    _bad_structured("a schema that is broken JSON", {"json": "{"}, "structured_outputs.json"),
+    _bad_structured("an empty regex", {"regex": ""}, "structured_outputs.regex"),
+    _bad_structured("a long regex", {"regex": "a|" * 50_000}, "structured_outputs.regex"),
+    _bad_structured("no choices", {"choice": []}, "structured_outputs.choice"),
+    _bad_structured("a choice is a number", {"choice": ["a", 5]}, "structured_outputs.choice[1]"),
+    _bad_structured("too many choices", {"choice": [str(i) for i in range(5000)]}, "structured_outputs.choice"),
+    _bad_structured("a grammar of nothing", {"grammar": " "}, "structured_outputs.grammar"),
+    _bad_structured("a rule that is not there", {"grammar": "root ::= a"}, "structured_outputs.grammar"),
+    _bad_structured(
+        "white space for a regex",
+        {"regex": "a", "disable_any_whitespace": True},
+        "structured_outputs.disable_any_whitespace",
+    ),
+    _bad_structured(
+        "white space that is none", {"json": {}, "whitespace_pattern": "[^ ]"}, "structured_outputs.whitespace_pattern"
+    ),
+    _bad(
+        "two constraints",
+        {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},
+        "structured_outputs",
+    ),
+    _bad_schema(
+        "look-around", {"properties": {"a": {"pattern": "(?=a)"}}}, f"{SCHEMA}.properties.a.pattern", level="engine"
+    ),
+    _bad_schema(
+        "nothing fits",
+        {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 2, "maximum": 1}},
+        f"{SCHEMA}.items",
+        level="engine",
+    ),
+    _bad_schema("options that overlap", {"oneOf": [{}, {"type": "object"}]}, f"{SCHEMA}.oneOf", level="engine"),
+    _bad_schema(
+        "patterns whose intersection takes hours",
+        {"allOf": [{"type": "string", "pattern": f".*a.{{{i}}}b"} for i in range(10, 40)]},
+        SCHEMA,
+        level="engine",
+    ),
+    _bad_schema("2,000 references in a row", lambda: _chain(2000), SCHEMA, level="engine"),
+    _bad_structured("an open group", {"regex": "(a"}, "structured_outputs.regex", level="engine"),
+    _bad_structured("a back-reference", {"regex": r"(a)\1"}, "structured_outputs.regex", level="engine"),
+    _bad_structured("a rule that is itself", {"grammar": "start: start"}, "structured_outputs.grammar", level="engine"),
+    _bad_structured("a grammar in no language", {"grammar": "hello"}, "structured_outputs.grammar", level="engine"),
+    _bad_structured(
+        "a token of the model", {"grammar": "start: <|im_end|>"}, "structured_outputs.grammar", level="engine"
+    ),
     # ---- types and ranges
     Abuse("no prompt", COMPLETIONS, b"{}", 400, "missing_parameter", "prompt"),
     Abuse("prompt is null", COMPLETIONS, b'{"prompt": null}', 400, "missing_parameter", "prompt"),

@@ -116,6 +116,8 @@ EFFECTS: dict[type[Request], dict[str, Change]] = {
     },
 }
 ELSEWHERE = {
+    "response_format": "tests/test_structured_output.py",
+    "structured_outputs": "tests/test_structured_output.py",
     "priority": "test_priority_decides_who_is_first",
     "cache_salt": "test_a_salt_keeps_prefixes_apart",
     "best_of": "must equal n, and is refused where it does not: a test of test_protocol.py",
