@@ -20,7 +20,7 @@ from serve_app.runner.device_sampler import DeviceSampler
 from serve_app.runner.model_runner import ModelRunner
 from serve_app.runner.rehearsal import GREEDY
 from tests.runner.fake_gpu import FakeGpu
-from tests.tiny_models import make_tiny_model
+from tests.tiny_models import make_other_model, make_tiny_model
 from tests.tiny_runs import Answer, Witness, assert_same_bits, make_engine, make_request, make_runner, run
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="these run in the interpreter; see pytest -m gpu")
@@ -88,6 +88,31 @@ def test_greedy_tokens_equal_the_cpu_paths(directory: Path) -> None:
     assert any(len({s.num_tokens == 1 for s in record.sequences}) == 2 for record in records), "no mixed step"
     assert runner.device.graphs.num_replays > 2
     assert runner.max_steps_in_flight == 2
+
+
+@pytest.mark.usefixtures("_on_a_fake_gpu")
+def test_a_model_of_transformers_runs_without_graphs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Gemma 2: windows in one layer of two, soft-caps, a scale of its own, in the interpreted kernels."""
+    directory = make_other_model(
+        tmp_path,
+        "Gemma2ForCausalLM",
+        head_dim=16,
+        sliding_window=7,
+        query_pre_attn_scalar=20,
+        attn_logit_softcapping=3.0,
+        final_logit_softcapping=4.0,
+    )
+    with caplog.at_level("INFO"):
+        runner = make_runner(directory, device="cuda", **OPTIONS)
+    assert isinstance(runner.device, CudaDevice)
+    assert "CUDA graphs are off" in caplog.text
+    both = [make_request(str(i), prompt_of(n, i), max_tokens=4) for i, n in enumerate((25, 5))]
+    answers = run(make_engine(runner), both)
+    expected = run(make_engine(make_runner(directory, **OPTIONS)), both)
+    assert {key: answer.token_ids for key, answer in answers.items()} == {
+        key: answer.token_ids for key, answer in expected.items()
+    }
+    assert runner.device.graphs.num_replays == 0
 
 
 # ---- bits -----------------------------------------------------------------------------------------------------------
