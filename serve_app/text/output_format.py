@@ -169,33 +169,53 @@ class Grammars(NamedTuple):
 
 
 class WithoutMarkers:
-    """Drops markers from the content of a parser, as skip_special_tokens asks: from calls that could not be read."""
+    """Drops markers from what a parser gives out, as skip_special_tokens asks: from calls that could not be read, and
+    where a model repeats itself. Arguments are left as they are."""
 
     def __init__(self, parser: OutputParser, markers: Sequence[str]) -> None:
         self._parser = parser
-        self._markers = tuple(markers)
-        self._pattern = re.compile("|".join(map(re.escape, markers)))
-        self._held = ""
+        self._content = _Dropped(markers)
+        self._reasoning = _Dropped(markers)
 
     @property
     def in_reasoning(self) -> bool:
         return self._parser.in_reasoning
 
     def push(self, text: str) -> OutputDelta:
-        delta = self._parser.push(text)
-        return delta._replace(content=self._without(delta.content)) if delta.content else delta
+        return self._without(self._parser.push(text))
 
     def finish(self) -> OutputDelta:
-        delta = self._parser.finish()
-        content = self._without(delta.content) + self._held
-        self._held = ""
-        return delta._replace(content=content)
+        delta = self._without(self._parser.finish())
+        return delta._replace(
+            content=delta.content + self._content.flush(), reasoning=delta.reasoning + self._reasoning.flush()
+        )
 
-    def _without(self, content: str) -> str:
-        *before, last = self._pattern.split(self._held + content)
+    def _without(self, delta: OutputDelta) -> OutputDelta:
+        if not delta.content and not delta.reasoning:
+            return delta
+        content, reasoning = self._content.push(delta.content), self._reasoning.push(delta.reasoning)
+        if not self._parser.in_reasoning:
+            reasoning += self._reasoning.flush()
+        return delta._replace(content=content, reasoning=reasoning)
+
+
+class _Dropped:
+    """A growing text without the markers in it. Holds back what may become one."""
+
+    def __init__(self, markers: Sequence[str]) -> None:
+        self._markers = tuple(markers)
+        self._pattern = re.compile("|".join(map(re.escape, markers)))
+        self._held = ""
+
+    def push(self, text: str) -> str:
+        *before, last = self._pattern.split(self._held + text)
         num_held = max(num_held_back(last, marker) for marker in self._markers)
         self._held = last[len(last) - num_held :]
         return "".join(before) + last[: len(last) - num_held]
+
+    def flush(self) -> str:
+        held, self._held = self._held, ""
+        return held
 
 
 class _Named(Protocol):

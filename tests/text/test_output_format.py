@@ -9,6 +9,7 @@ from serve_app.engine.request import FinishReason, SamplingParams
 from serve_app.errors import ConfigurationError
 from serve_app.text.output_format import OutputFormat, WithoutMarkers
 from serve_app.text.output_parser import OutputDelta, OutputParser, PlainParser, ToolCallDelta, join
+from serve_app.text.reasoning_formats import ReasoningParser
 from serve_app.text.text_stream import TextStream
 from serve_app.text.tokenizer import Tokenizer
 from tests.text.tokenizers_made import tokenizer_json
@@ -101,6 +102,8 @@ def test_special_markers_reach_the_parser_and_no_reader() -> None:
     whole = '[THINK]why[/THINK]Yes[INST].[TOOL_CALLS]f[ARGS]{"a": 1}'
     assert read(whole) == OutputDelta("Yes.", "why", (ToolCallDelta(0, "f", '{"a": 1}'),))
     assert read("a[TOOL_CALLS]h[ARGS]{}[/THINK]b") == OutputDelta("ah{}b")
+    assert read("[THINK]so[THINK] [[/THINK]b[") == OutputDelta("b[", "so [")
+    assert read("[THINK]so[TOOL_CALLS]f[ARGS]{} [") == OutputDelta("", "sof{} [")
     assert read("a[TOOL_CALLS]h[ARGS]{}", skip_special_tokens=False) == OutputDelta("a[TOOL_CALLS]h[ARGS]{}")
 
 
@@ -126,3 +129,5 @@ def test_markers_are_dropped_however_the_content_comes(text: str, content: str) 
     for place in range(len(text) + 1):
         for pieces in ([text[:place], text[place:]], list(text)):
             assert parse(WithoutMarkers(PlainParser(), ("[B]", "<x>")), *pieces) == OutputDelta(content)
+            thinking = WithoutMarkers(ReasoningParser("<s>", "<e>", is_open=True), ("[B]", "<x>"))
+            assert parse(thinking, *pieces, "<e>!") == OutputDelta("!", content)

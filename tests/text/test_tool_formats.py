@@ -83,6 +83,9 @@ HERMES: dict[str, Vector] = {
         "",
         (("f", '{"a": 1}'),),
     ),
+    "arguments twice": Vector(
+        '<tool_call>{"name": "f", "arguments": {"a": 1}, "parameters": {"a": 2}}</tool_call>', "", (("f", '{"a": 1}'),)
+    ),
     "name with an escape": Vector(r'<tool_call>{"name": "\u0067", "arguments": {}}</tool_call>', "", (("g", "{}"),)),
     "name with a dot and a dash": Vector('<tool_call>{"name": "get-weather.v2"}', "", (("get-weather.v2", "{}"),)),
     "two in one block": Vector(
