@@ -90,10 +90,12 @@ class OutputFormat:
         tokens, those that are left over in content are dropped here.
         """
         reasoning_parser = tool_parser = None
-        if self.reasoning is not None and reads_reasoning:
-            reasoning_parser = self.reasoning.parser(self.reasoning.is_open(prompt, final_message))
+        silent_end = ""
         if self.tools is not None and tools:
-            tool_parser = (forced_format(self.tools) if is_forced else self.tools).parser(tools)
+            tool_format = forced_format(self.tools) if is_forced else self.tools
+            tool_parser, silent_end = tool_format.parser(tools), tool_format.ends_reasoning
+        if self.reasoning is not None and reads_reasoning:
+            reasoning_parser = self.reasoning.parser(self.reasoning.is_open(prompt, final_message), silent_end)
         parser: OutputParser
         if reasoning_parser is not None and tool_parser is not None:
             parser = ReasoningThenTools(reasoning_parser, tool_parser)

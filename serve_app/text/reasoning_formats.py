@@ -8,6 +8,7 @@ parsers leave it (``vllm/reasoning/basic_parsers.py``): reasoning and content ar
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from serve_app.text.output_parser import OutputDelta
@@ -50,9 +51,9 @@ class ReasoningFormat:
         """Whether the prompt ends behind a block, so that the answer begins as content: enable_thinking=false."""
         return prompt.rstrip().endswith(self.end)
 
-    def parser(self, is_open: bool) -> ReasoningParser:
+    def parser(self, is_open: bool, silent_end: str = "") -> ReasoningParser:
         """A parser for one choice. ``is_open``: see `is_open`."""
-        return ReasoningParser(self.start, self.end, is_open)
+        return ReasoningParser(self.start, self.end, is_open, silent_end)
 
 
 class ReasoningParser:
@@ -61,10 +62,14 @@ class ReasoningParser:
     Not open, and the text does not begin with ``start`` (after white space, which is dropped with it): all is content.
     Open, and it begins with ``start`` all the same: the model said it again, and it is dropped. A block that never ends
     is reasoning to the last character.
+
+    ``silent_end``: a text with which content begins also where the model has not ended its block before.
     """
 
-    def __init__(self, start: str, end: str, is_open: bool) -> None:
-        self._start, self._end = start, end
+    def __init__(self, start: str, end: str, is_open: bool, silent_end: str = "") -> None:
+        self._start = start
+        self._ends = (end, silent_end) if silent_end else (end,)
+        self._end_pattern = re.compile("|".join(map(re.escape, self._ends)))
         self.in_reasoning = is_open
         self._at_beginning = True
         self._held = ""
@@ -85,11 +90,12 @@ class ReasoningParser:
             if not self.in_reasoning:
                 self._held = ""
                 return OutputDelta(text)
-        reasoning, end, content = text.partition(self._end)
-        if end:
+        found = self._end_pattern.search(text)
+        if found is not None:
             self.in_reasoning, self._held = False, ""
-            return OutputDelta(content, reasoning)
-        num_shown = len(text) - num_held_back(text, self._end)
+            content_start = found.end() if found.group() == self._ends[0] else found.start()
+            return OutputDelta(text[content_start:], text[: found.start()])
+        num_shown = len(text) - max(num_held_back(text, end) for end in self._ends)
         self._held = text[num_shown:]
         return OutputDelta(reasoning=text[:num_shown])
 

@@ -70,6 +70,10 @@ class ToolFormat:
     shape: CallShape | None
     """None: arguments are no JSON there, so that a JSON schema cannot be said in its words (see `forced_in`)."""
 
+    ends_reasoning: str = ""
+    """The beginning of a call that ends reasoning by itself: models of this format forget the marker (vLLM's parser
+    for Qwen3 reads them so, ``vllm/reasoning/qwen3_reasoning_parser.py``)."""
+
     forced_in: str = ""
     """Where ``shape`` is None: the row in whose words calls are forced, and so parsed. These models can write both."""
 
@@ -98,6 +102,7 @@ TOOL_FORMATS = (
         ("<tool_call>", "</tool_call>"),
         Qwen3CoderParser,
         None,
+        ends_reasoning="<tool_call>\n<function=",
         forced_in="hermes",
     ),
     ToolFormat(

@@ -63,6 +63,19 @@ def test_reasoning_and_then_tools() -> None:
     assert parse(format.parser("a<think>b", final_message="a<think>b"), "c</think>d") == OutputDelta("d", "c")
 
 
+def test_a_call_ends_reasoning_where_the_model_forgets_to() -> None:
+    template = HERMES_TEMPLATE + THINK_TEMPLATE + "<tool_call>\\n<function=f>\\n<parameter=p>"
+    format = OutputFormat.of(tokenizer(template))
+    assert format.tools is not None
+    assert format.tools.name == "qwen3_coder"
+    text = "a <tool_call> \n<tool_call>\n<function=f>\n</function>\n</tool_call>"
+    for pieces in ([text], list(text)):
+        parsed = parse(format.parser("<think>\n", tools=TOOLS), *pieces)
+        assert parsed == OutputDelta("", "a <tool_call> \n", (ToolCallDelta(0, "f", "{}"),))
+        assert parse(format.parser("<think>\n"), *pieces) == OutputDelta("", text)
+        assert parse(format.parser("", tools=TOOLS), "<think></think>", *pieces).content == "a <tool_call>"
+
+
 def test_the_template_for_tools_is_looked_at_first() -> None:
     format = OutputFormat.of(tokenizer({"default": TEMPLATE, "tool_use": HERMES_TEMPLATE}))
     assert format.tools is not None

@@ -63,7 +63,7 @@ def test_vectors_whole_and_cut_at_every_character(format: ReasoningFormat, vecto
         assert parse([text[:place], text[place:]], is_open, format) == OutputDelta(content, reasoning)
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(
     text=st.lists(st.sampled_from(["<think>", "</think>", "<th", "</", "ink>", " ", "\n", "a", "é", "<"])).map("".join),
     places=st.lists(st.integers(0, 60), max_size=8),

@@ -83,6 +83,9 @@ HERMES: dict[str, Vector] = {
         "",
         (("f", '{"a": 1}'),),
     ),
+    "arguments in a string that breaks a line": Vector(
+        '<tool_call>{"name": "f", "arguments": "{\n}"}</tool_call>', "", (("f", "{\n}"),)
+    ),
     "arguments twice": Vector(
         '<tool_call>{"name": "f", "arguments": {"a": 1}, "parameters": {"a": 2}}</tool_call>', "", (("f", '{"a": 1}'),)
     ),
