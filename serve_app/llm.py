@@ -217,6 +217,8 @@ class LLM:
         for i, group in enumerate(groups):
             try:
                 self.engine.scheduler.check(group)
+                if (grammar := group[0].sampling.grammar) is not None:
+                    self.runner.compile_grammar(grammar)
             except RaggedServeError as error:
                 error.args = (f"prompt {i}: {error}",)
                 raise

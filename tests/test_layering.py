@@ -47,7 +47,11 @@ SERVICE_PACKAGES = frozenset({"ray", "grpc", "pydantic", "pydantic_core", "fasta
 
 CORE = Room("core", frozenset({"numpy"}), CORE_FILES)
 TEXT = Room("text", TEXT_PACKAGES, ("errors.py", "logs.py", "engine/request.py", "text/*.py"))
-DEVICE = Room("device", DEVICE_PACKAGES, (*CORE_FILES, "hub.py", "kernels/*.py", "models/*.py", "runner/*.py"))
+DEVICE = Room(
+    "device",
+    DEVICE_PACKAGES,
+    (*CORE_FILES, "hub.py", "text/token_masks.py", "kernels/*.py", "models/*.py", "runner/*.py"),
+)
 OFFLINE = Room("offline", DEVICE_PACKAGES, (*CORE_FILES, "text/*.py", "kernels/*.py", "models/*.py", "runner/*.py"))
 SERVICE = Room(
     "service",
@@ -77,6 +81,7 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("engine/step_record.py", CORE),
     ("engine/scheduler.py", CORE),
     ("engine/engine.py", CORE),
+    ("engine/compiling.py", CORE),
     ("engine/async_engine.py", CORE),
     ("engine/simulated_runner.py", CORE),
     ("engine/baselines.py", CORE),
@@ -86,6 +91,7 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("replica/lease_table.py", CORE),
     # text, which sees requests and nothing else of the engine
     ("text/tokenizer.py", TEXT),
+    ("text/token_masks.py", TEXT),
     ("text/chat_template.py", TEXT),
     ("text/detokenizer.py", TEXT),
     ("text/stop_strings.py", TEXT),
@@ -131,6 +137,7 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("runner/batch.py", DEVICE),
     ("runner/kv_cache.py", DEVICE),
     ("runner/random_numbers.py", DEVICE),
+    ("runner/constraints.py", DEVICE),
     ("runner/sampler.py", DEVICE),
     ("runner/device_sampler.py", DEVICE),
     ("runner/cuda_graphs.py", DEVICE),

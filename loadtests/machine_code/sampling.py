@@ -17,7 +17,7 @@ FLOATS = ("p_edited", "p_maxima", "p_scores", "p_values", "p_bias")
 POINTERS = (
     dict.fromkeys(INTEGERS, "*i32")
     | dict.fromkeys(FLOATS, "*fp32")
-    | {"p_logits": "*bf16", "p_masks": "*u8", "p_targets": "*i32", "p_chosen": "*i32"}
+    | {"p_logits": "*bf16", "p_masks": "*i32", "p_targets": "*i32", "p_chosen": "*i32"}
 )
 
 

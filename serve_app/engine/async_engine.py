@@ -21,6 +21,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import NamedTuple
 
+from serve_app.engine.compiling import Compilation, Compiler
 from serve_app.engine.engine import Engine
 from serve_app.engine.request import FinishReason, GenerateRequest, TokenOutput
 from serve_app.engine.scheduler import Key
@@ -38,6 +39,8 @@ class _Submit(NamedTuple):
     sink: Sink
     settled: Callable[[Exception | None], None]
     """Told, on the engine thread, that the request was accepted (None) or why it was refused."""
+    compilation: Compilation | None
+    """Of its grammars: the engine takes the request when they are ready."""
 
 
 class _Abort(NamedTuple):
@@ -47,6 +50,13 @@ class _Abort(NamedTuple):
 
 class _Stop(NamedTuple):
     pass
+
+
+class _Compiled(NamedTuple):
+    """Some request's grammars are ready, or will never be."""
+
+
+_Command = _Submit | _Abort | _Stop | _Compiled
 
 
 class AsyncEngine:
@@ -63,7 +73,8 @@ class AsyncEngine:
         self._is_idle = True
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         # SimpleQueue.put is reentrant, so a stream may abort from __del__, wherever the collector happens to run.
-        self._commands: queue.SimpleQueue[_Submit | _Abort | _Stop] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._compiler = Compiler(engine.runner.compile_grammar, engine.clock)
 
         self._condition = threading.Condition()
         """Guards the three below. A submit is queued under it, so that none slips in behind the last sweep."""
@@ -72,8 +83,10 @@ class AsyncEngine:
         self._hubs: dict[asyncio.AbstractEventLoop, _LoopHub] = {}
 
         # The engine thread's own.
-        self._taken: deque[_Submit | _Abort | _Stop] = deque()
+        self._taken: deque[_Command] = deque()
         """Commands read from the queue and not yet applied."""
+        self._compiling: list[_Submit] = []
+        """Neither accepted nor refused yet."""
         self._sinks: dict[Key, Sink] = {}
         """Accepted choices that have not ended."""
         self._outgoing: dict[Sink, list[TokenOutput]] = {}
@@ -129,14 +142,15 @@ class AsyncEngine:
     async def submit(self, requests: list[GenerateRequest]) -> OutputStream:
         """Hands over the choices of one request; returns when the engine has accepted them.
 
-        Raises InvalidRequestError if it cannot be served, EngineUnavailableError when draining, stopped or dead.
+        Raises InvalidRequestError if it cannot be served, EngineUnavailableError when draining, stopped or dead,
+        DeadlineExceededError if its grammar took all its time.
         """
         loop = asyncio.get_running_loop()
         inbox: asyncio.Queue[TokenOutput] = asyncio.Queue()
         waiter: asyncio.Future[None] = loop.create_future()
         hub = self._hub(loop)
         keys = [(request.request_id, request.choice_index) for request in requests]
-        self._post(_Submit(requests, hub, lambda error: hub.settle(keys, inbox, waiter, error)))
+        self._post(requests, hub, lambda error: hub.settle(keys, inbox, waiter, error))
         try:
             await waiter
         except asyncio.CancelledError:
@@ -152,21 +166,21 @@ class AsyncEngine:
         of the sink for this request. A sink that raises has lost its consumer: its requests are aborted.
         """
         future: Future[None] = Future()
-        self._post(_Submit(requests, sink, lambda e: future.set_result(None) if e is None else future.set_exception(e)))
+        self._post(requests, sink, lambda e: future.set_result(None) if e is None else future.set_exception(e))
         return future
 
     def abort(self, request_id: str, choice_index: int | None = None) -> None:
         """Ends a request, or one choice of it, after the step under way. Unknown or ended ones are left alone."""
         self._commands.put(_Abort(request_id, choice_index))
 
-    def _post(self, command: _Submit) -> None:
-        if not command.requests:
-            raise InvalidParameterError("requests", command.requests, "a list of at least 1 choice")
+    def _post(self, requests: list[GenerateRequest], sink: Sink, settled: Callable[[Exception | None], None]) -> None:
+        if not requests:
+            raise InvalidParameterError("requests", requests, "a list of at least 1 choice")
         with self._condition:
             if self._refusal is not None:
                 raise EngineUnavailableError(self._refusal)
-            self._num_unfinished += len(command.requests)
-            self._commands.put(command)
+            self._num_unfinished += len(requests)
+            self._commands.put(_Submit(requests, sink, settled, self._compiler.start(requests)))
 
     def _hub(self, loop: asyncio.AbstractEventLoop) -> _LoopHub:
         with self._condition:
@@ -198,6 +212,8 @@ class AsyncEngine:
                     return self._abandon_all()
                 self._apply(command)
                 self._taken.popleft()
+            if self._compiling:
+                self._give_up_late()
             if engine.has_work:
                 num_recorded = engine.recorder.num_steps
                 outputs = engine.step()
@@ -223,21 +239,79 @@ class AsyncEngine:
 
     def _seconds_to_deadline(self) -> float | None:
         deadlines = [s.deadline for s in self.engine.scheduler.sequences.values() if s.deadline is not None]
+        deadlines += [c.compilation.deadline for c in self._compiling if c.compilation is not None]
         return max(0.0, min(deadlines) - self.engine.clock()) if deadlines else None
 
-    def _apply(self, command: _Submit | _Abort) -> None:
+    def _apply(self, command: _Submit | _Abort | _Compiled) -> None:
         if isinstance(command, _Abort):
+            if self._compiling:
+                self._abort_compiling(command)
             self.engine.abort(command.request_id, command.choice_index)
             # At once, not with the next step: a new attempt may come under the same id before it.
             self._route(self.engine.scheduler.take_ended())
-            return
-        requests, sink, settled = command
+        elif isinstance(command, _Compiled):
+            ready = [c for c in self._compiling if c.compilation is not None and c.compilation.is_done]
+            self._compiling = [c for c in self._compiling if c not in ready]
+            for submit in ready:
+                self._accept(submit)
+        elif self._is_compiling(command):
+            request_id = command.requests[0].request_id
+            self._refuse(
+                command, InvalidParameterError("request_id", request_id, "unique among the requests under way")
+            )
+        elif command.compilation is not None and not command.compilation.is_done:
+            self._compiling.append(command)
+            command.compilation.grammars.add_done_callback(lambda _: self._commands.put(_Compiled()))
+        else:
+            self._accept(command)
+
+    def _is_compiling(self, command: _Submit) -> bool:
+        keys = {(r.request_id, r.choice_index) for r in command.requests}
+        return any((r.request_id, r.choice_index) in keys for other in self._compiling for r in other.requests)
+
+    def _abort_compiling(self, command: _Abort) -> None:
+        """A request ends when all its choices are aborted; a choice alone when the engine has taken the others."""
+        for submit in [c for c in self._compiling if c.requests[0].request_id == command.request_id]:
+            compilation, choices = submit.compilation, {r.choice_index for r in submit.requests}
+            assert compilation is not None
+            compilation.aborted |= choices if command.choice_index is None else choices & {command.choice_index}
+            if compilation.aborted == choices:
+                self._compiling.remove(submit)
+                compilation.grammars.cancel()
+                self._begin(submit)
+                self._route([TokenOutput(command.request_id, i, finish_reason=FinishReason.ABORT) for i in choices])
+
+    def _give_up_late(self) -> None:
+        now = self.engine.clock()
+        for submit in list(self._compiling):
+            compilation = submit.compilation
+            assert compilation is not None
+            if compilation.deadline <= now:
+                self._compiling.remove(submit)
+                compilation.grammars.cancel()
+                self._refuse(submit, compilation.lateness())
+
+    def _refuse(self, command: _Submit, error: Exception) -> None:
+        self._num_ended += len(command.requests)
+        self._settle(command.settled, error)
+
+    def _accept(self, command: _Submit) -> None:
+        compilation = command.compilation
         try:
-            self.engine.add(requests)
+            if compilation is None:
+                self.engine.add(command.requests)
+            else:
+                compilation.grammars.result(0)
+                self.engine.add(command.requests, compilation.started)
         except Exception as error:  # it goes to the caller
-            self._num_ended += len(requests)
-            self._settle(settled, error)
-            return
+            return self._refuse(command, error)
+        self._begin(command)
+        for choice_index in () if compilation is None else compilation.aborted:
+            self._apply(_Abort(command.requests[0].request_id, choice_index))
+
+    def _begin(self, command: _Submit) -> None:
+        """From here on its outputs go to its sink."""
+        requests, sink, settled, _ = command
         if any(output.request_id == requests[0].request_id for output in self._outgoing.get(sink, ())):
             self._flush()  # the end of an earlier attempt arrives before the news of this one
         for request in requests:
@@ -311,6 +385,10 @@ class AsyncEngine:
         for command in self._taken:
             if isinstance(command, _Submit):
                 self._settle(command.settled, EngineUnavailableError(message))
+        for submit in self._compiling:
+            self._settle(submit.settled, EngineUnavailableError(message))
+        self._compiling.clear()
+        self._compiler.close()
         code = EngineUnavailableError.code
         for (request_id, choice_index), sink in self._sinks.items():
             output = TokenOutput(

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from serve_app.engine.config import EngineConfig
@@ -132,9 +132,10 @@ class PaddedScheduler(Scheduler):
         logprobs: Mapping[int, TokenLogprobs] | None = None,
         prompt_logprobs: Mapping[Key, list[TokenLogprobs]] | None = None,
         embeddings: Mapping[Key, Pooled] | None = None,
+        ended: Collection[int] = (),
     ) -> list[TokenOutput]:
         """What padding samples is dropped here."""
-        outputs = super().update(plan, token_ids, logprobs, prompt_logprobs, embeddings)
+        outputs = super().update(plan, token_ids, logprobs, prompt_logprobs, embeddings, ended)
         return [output for output in outputs if padded_request_id(output.request_id) is None]
 
     def fail(self, sequence: Sequence, error: RaggedServeError) -> None:
@@ -296,6 +297,9 @@ class PaddingCounter:
         self.max_steps_in_flight = runner.max_steps_in_flight
         self.has_position_classes = runner.has_position_classes
 
+    def compile_grammar(self, text: str) -> object:
+        return self.runner.compile_grammar(text)
+
     def launch(self, plan: SchedulerOutput) -> Step:
         padded = plan.num_padded_tokens if isinstance(plan, PaddedOutput) else 0
         return _CountedStep(self.runner.launch(plan), padded)
@@ -306,8 +310,15 @@ class _CountedStep:
         self._step = step
         self._num_padded_tokens = num_padded_tokens
 
+    def sample(self) -> None:
+        self._step.sample()
+
     def token_ids(self) -> list[int]:
         return self._step.token_ids()
+
+    @property
+    def ended(self) -> Collection[int]:
+        return self._step.ended
 
     @property
     def logprobs(self) -> Mapping[int, TokenLogprobs]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
 
 from serve_app.engine.config import EngineConfig
@@ -20,6 +20,14 @@ from serve_app.errors import DeviceLostError, RaggedServeError, StepFailedError
 
 class Step(Protocol):
     """A launched step. `token_ids` waits for it; the other attributes hold once it has returned."""
+
+    def sample(self) -> None:
+        """Called once every step before it was read, and before the next one is launched.
+
+        Where masks depend on the tokens of the step before, a runner with two steps in flight launches the sampling
+        here, behind the forward that already runs. Else nothing is left to do. `token_ids` does it where nobody did.
+        """
+        ...
 
     def token_ids(self) -> list[int]:
         """One id for each scheduled sequence that samples, in the order of the plan. Raises if the step failed."""
@@ -38,6 +46,11 @@ class Step(Protocol):
     @property
     def embeddings(self) -> Mapping[Key, Pooled]:
         """Key of a sequence with pooling -> what its chunk gave (see serve_app.engine.pooling)."""
+        ...
+
+    @property
+    def ended(self) -> Collection[int]:
+        """Indices into token_ids: the sequences whose grammar cannot go on."""
         ...
 
     @property
@@ -61,6 +74,13 @@ class Runner(Protocol):
     has_position_classes: bool
     """True if prompt and output positions are computed in different ways, and bits are promised: then a block is reused
     only for positions of the class it was computed for (see `hash_block`)."""
+
+    def compile_grammar(self, text: str) -> object:
+        """What `Sequence.grammar` is to hold; from any thread. It may take a second, and no time where it is known.
+
+        Raises InvalidRequestError if the grammar is wrong, or this runner has no masks.
+        """
+        ...
 
     def launch(self, plan: SchedulerOutput) -> Step:
         """Starts a step. First copies plan.block_copies, in order; then everything else."""
@@ -92,9 +112,18 @@ class Engine:
         )
         self._in_flight: deque[tuple[SchedulerOutput, Step, StepRecord]] = deque()
 
-    def add(self, requests: GenerateRequest | list[GenerateRequest]) -> None:
-        """Takes the choices of one request; raises InvalidRequestError, without a trace, if it cannot be served."""
-        self.scheduler.add(requests if isinstance(requests, list) else [requests], self.clock())
+    def add(self, requests: GenerateRequest | list[GenerateRequest], submitted: float | None = None) -> None:
+        """Takes the choices of one request; raises InvalidRequestError, without a trace, if it cannot be served.
+
+        A grammar is compiled here where nobody has done it before. ``submitted``: when deadlines began to count, if not
+        now.
+        """
+        requests = requests if isinstance(requests, list) else [requests]
+        texts = {request.sampling.grammar for request in requests}
+        grammars = {text: self.runner.compile_grammar(text) for text in texts if text is not None}
+        for sequence in self.scheduler.add(requests, self.clock() if submitted is None else submitted):
+            if sequence.request.sampling.grammar is not None:
+                sequence.grammar = grammars[sequence.request.sampling.grammar]
 
     def abort(self, request_id: str, choice_index: int | None = None) -> int:
         return self.scheduler.abort(request_id, choice_index)
@@ -120,6 +149,8 @@ class Engine:
             self._in_flight.append((plan, step, record))
         if self._in_flight and (plan is None or len(self._in_flight) >= self.runner.max_steps_in_flight):
             outputs += self._read_oldest()
+        if len(self._in_flight) == 1:
+            self._sample_last()
         return outputs
 
     def _launch(self, plan: SchedulerOutput) -> Step:
@@ -129,6 +160,18 @@ class Engine:
             raise
         except Exception as error:
             return _FailedStep(error)
+
+    def _sample_last(self) -> None:
+        """Everything before it was read. A step that is already sampled does nothing."""
+        plan, step, record = self._in_flight[0]
+        started = self.clock()
+        try:
+            step.sample()
+        except DeviceLostError:
+            raise
+        except Exception as error:
+            self._in_flight[0] = (plan, _FailedStep(error), record)
+        record.seconds["launch"] += self.clock() - started
 
     def _read_oldest(self) -> list[TokenOutput]:
         plan, step, record = self._in_flight.popleft()
@@ -142,7 +185,9 @@ class Engine:
             record.seconds["wait"] = self.clock() - started
         else:
             waited = self.clock()
-            outputs = self.scheduler.update(plan, token_ids, step.logprobs, step.prompt_logprobs, step.embeddings)
+            outputs = self.scheduler.update(
+                plan, token_ids, step.logprobs, step.prompt_logprobs, step.embeddings, step.ended
+            )
             record.num_padded_tokens = step.num_padded_tokens
             record.seconds.update(step.seconds)
             record.seconds["wait"] = waited - started
@@ -180,7 +225,9 @@ class Engine:
                 else:
                     self.scheduler.fail(sequence, _as_family(again, sequence.key))
             else:
-                outputs += self.scheduler.update(alone, token_ids, step.logprobs, step.prompt_logprobs, step.embeddings)
+                outputs += self.scheduler.update(
+                    alone, token_ids, step.logprobs, step.prompt_logprobs, step.embeddings, step.ended
+                )
         return outputs + self.scheduler.take_ended()
 
     def _record(self, plan: SchedulerOutput, started: float) -> StepRecord:
@@ -206,11 +253,15 @@ class _FailedStep:
     logprobs: Mapping[int, TokenLogprobs] = {}
     prompt_logprobs: Mapping[Key, list[TokenLogprobs]] = {}
     embeddings: Mapping[Key, Pooled] = {}
+    ended: Collection[int] = ()
     num_padded_tokens = 0
     seconds: Mapping[str, float] = {}
 
     def __init__(self, error: Exception) -> None:
         self.error = error
+
+    def sample(self) -> None:
+        """Whoever reads it hears of the error."""
 
     def token_ids(self) -> list[int]:
         raise self.error

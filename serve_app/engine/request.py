@@ -77,8 +77,8 @@ class SamplingParams:
 
     grammar: str | None = None
     """If given, the output is a sentence of this grammar, or the beginning of one. Canonical text, made by
-    serve_app.text.grammar; an opaque string here. eos may come exactly where a sentence may end, whatever min_tokens
-    says, and a sentence that cannot go on ends the sequence with STOP."""
+    serve_app.text.grammar; an opaque string here. eos may come exactly where a sentence may end; stop ids wait for
+    min_tokens where something else may come. A sentence that cannot go on ends the sequence with STOP."""
 
     stop: tuple[str, ...] = ()
     """Strings that end the answer. Matched where text is made (serve_app.text), not in the engine."""
@@ -252,7 +252,8 @@ class TokenOutput(NamedTuple):
 
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
-    """The eos or stop token that ended it, when finish_reason is STOP. It is the last of token_ids."""
+    """The eos or stop token that ended it, when finish_reason is STOP. It is the last of token_ids. None: its grammar
+    could not go on."""
 
     num_cached_tokens: int = 0
     """Prompt tokens found in the prefix cache at first admission."""

@@ -16,7 +16,7 @@ import heapq
 import math
 from bisect import insort
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 
@@ -312,12 +312,14 @@ class Scheduler:
         logprobs: Mapping[int, TokenLogprobs] | None = None,
         prompt_logprobs: Mapping[Key, list[TokenLogprobs]] | None = None,
         embeddings: Mapping[Key, Pooled] | None = None,
+        ended: Collection[int] = (),
     ) -> list[TokenOutput]:
         """The one place where a sequence advances, finishes and frees its blocks.
 
         ``token_ids`` has one entry for each scheduled sequence that samples, in the order of the plan; ``logprobs``
         maps an index in it, ``prompt_logprobs`` a sequence's key (with one entry per computed prompt position), and so
         does ``embeddings`` (with what its chunk gave).
+        ``ended``: indices of those whose grammar cannot go on.
         """
         outputs: list[TokenOutput] = []
         i_sampled = -1
@@ -342,7 +344,12 @@ class Scheduler:
             if item.samples:
                 sequence.num_pending -= 1
                 outputs.append(
-                    self._append_token(sequence, token_ids[i_sampled], logprobs.get(i_sampled) if logprobs else None)
+                    self._append_token(
+                        sequence,
+                        token_ids[i_sampled],
+                        logprobs.get(i_sampled) if logprobs else None,
+                        i_sampled in ended,
+                    )
                 )
             elif num_computed == len(sequence.token_ids) and sequence.request.pooling is not None:
                 sequence.num_pending -= 1
@@ -523,11 +530,14 @@ class Scheduler:
 
     # ---- parts of update -----------------------------------------------------------------------------------------
 
-    def _append_token(self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> TokenOutput:
+    def _append_token(
+        self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None, has_ended: bool
+    ) -> TokenOutput:
         sequence.token_ids.append(token_id)
         num_output = len(sequence.token_ids) - sequence.num_prompt_tokens
         reason: FinishReason | None = None
-        if token_id in sequence.stop_ids and num_output >= sequence.request.sampling.min_tokens:
+        is_stop = token_id in sequence.stop_ids
+        if has_ended or (is_stop and num_output >= sequence.request.sampling.min_tokens):
             reason = FinishReason.STOP
         elif num_output >= sequence.max_output_tokens:
             reason = FinishReason.LENGTH
@@ -537,7 +547,7 @@ class Scheduler:
         if reason is not None:
             self._drop(sequence, reason)
         request_id, choice_index = sequence.key
-        stop_token_id = token_id if reason is FinishReason.STOP else None
+        stop_token_id = token_id if is_stop and reason is FinishReason.STOP else None
         new_logprobs = None if logprobs is None else (logprobs,)
         # A step makes one for each sequence, and tuple's constructor takes half the time of the NamedTuple's own.
         return tuple.__new__(

@@ -31,6 +31,7 @@ class Sequence:
         "deadline",
         "finish_reason",
         "followers",
+        "grammar",
         "key",
         "leader",
         "max_output_tokens",
@@ -72,6 +73,8 @@ class Sequence:
         self.deadline = deadline
         """Monotonic seconds by which it must have ended, or None."""
         self.stop_ids = stop_ids
+        self.grammar: object | None = None
+        """What the runner made of the request's grammar."""
         self.max_output_tokens = max_output_tokens
 
         self.num_prompt_tokens = len(request.prompt_token_ids)

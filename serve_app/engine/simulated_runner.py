@@ -11,7 +11,7 @@ Cost of a step in seconds: ``a + b * tokens + c * sum(query_len * kv_len)``.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from serve_app.engine.pooling import FRACTION_BITS, Pooled
 from serve_app.engine.request import TokenLogprobs
 from serve_app.engine.scheduler import Key, ScheduledSequence, SchedulerOutput
 from serve_app.engine.sequence import Sequence
+from serve_app.errors import UnsupportedParameterError
 
 _MASK = (1 << 64) - 1
 _ROOT = 0x243F6A8885A308D3
@@ -85,6 +86,9 @@ class SimulatedRunner:
         """Seconds the step takes."""
         pairs = sum(item.num_tokens * (item.start + item.num_tokens) for item in plan.scheduled)
         return self.seconds_per_step + self.seconds_per_token * plan.num_tokens + self.seconds_per_pair * pairs
+
+    def compile_grammar(self, text: str) -> object:
+        raise UnsupportedParameterError("grammar", "needs a model: the simulated runner has no logits to mask")
 
     def launch(self, plan: SchedulerOutput) -> SimulatedStep:
         self.num_steps += 1
@@ -179,6 +183,7 @@ class SimulatedStep:
     """Reading it spends the step's cost, once."""
 
     num_padded_tokens = 0
+    ended: Collection[int] = ()
 
     def __init__(self, cost: float, sleep: Callable[[float], None]) -> None:
         self.sampled: list[int] = []
@@ -188,6 +193,9 @@ class SimulatedStep:
         self.seconds = {"model": cost}
         self._cost = cost
         self._sleep = sleep
+
+    def sample(self) -> None:
+        """It sampled when it was launched."""
 
     def token_ids(self) -> list[int]:
         if self._cost > 0.0:

@@ -74,6 +74,13 @@ _FORBIDDEN = tl.constexpr(int(Word.FORBIDDEN))
 
 
 @triton.jit
+def may_come(p_mask, o_tokens, bound):
+    """The tokens' bits in a mask's words; those at and beyond the bound may all come."""
+    b_words = tl.load(p_mask + o_tokens // 32, mask=o_tokens < bound, other=-1)
+    return ((b_words >> (o_tokens % 32)) & 1) != 0
+
+
+@triton.jit
 def open_kernel(p_logits, stride, p_params, p_state, p_masks, p_open, vocab_size, CHUNK: tl.constexpr):
     """For rows whose stop ids must wait: does each chunk have another token that may come? int32 [S, C]."""
     i_row, i_chunk, num_chunks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
@@ -84,10 +91,10 @@ def open_kernel(p_logits, stride, p_params, p_state, p_masks, p_open, vocab_size
         m_tokens = o_tokens < vocab_size
         b_logits = load_logits(p_logits, stride, p_logits, vocab_size, p_row, o_tokens, False)
         p_words = p_state + tl.load(p_row + _SLOT).to(tl.int64) * vocab_size
-        p_mask = p_masks + tl.load(p_row + EDITED).to(tl.int64) * vocab_size
+        p_mask = p_masks + tl.load(p_row + EDITED).to(tl.int64) * tl.cdiv(vocab_size, 32)
         b_words = tl.load(p_words + o_tokens, mask=m_tokens, other=0)
-        b_mask = tl.load(p_mask + o_tokens, mask=o_tokens < bound_if((edits & _MASK) != 0, vocab_size), other=1)
-        b_open = ((b_words & (_FORBIDDEN | _STOPS)) == 0) & (b_mask != 0) & (b_logits > -INFINITY)
+        b_may = may_come(p_mask, o_tokens, bound_if((edits & _MASK) != 0, vocab_size))
+        b_open = ((b_words & (_FORBIDDEN | _STOPS)) == 0) & b_may & (b_logits > -INFINITY)
         tl.store(p_open + i_row * num_chunks + i_chunk, tl.max(b_open.to(tl.int32)))
 
 
@@ -121,9 +128,9 @@ def edit_kernel(
         m_words = o_tokens < bound_if((edits & _WORDS) != 0, vocab_size)
         b_words = tl.load(p_state + slot * vocab_size + o_tokens, mask=m_words, other=0)
         b_logits = tl.where((b_words & _FORBIDDEN) != 0, -INFINITY, b_logits)
-        m_masked = o_tokens < bound_if((edits & _MASK) != 0, vocab_size)
-        b_mask = tl.load(p_masks + edited * vocab_size + o_tokens, mask=m_masked, other=1)
-        b_logits = tl.where(b_mask == 0, -INFINITY, b_logits)
+        p_mask = p_masks + edited * tl.cdiv(vocab_size, 32)
+        b_may = may_come(p_mask, o_tokens, bound_if((edits & _MASK) != 0, vocab_size))
+        b_logits = tl.where(b_may, b_logits, -INFINITY)
         if (edits & _MIN_TOKENS) != 0:
             o_chunks = tl.arange(0, CHUNKS)
             is_open = tl.max(tl.load(p_open + i_row * num_chunks + o_chunks, mask=o_chunks < num_chunks, other=0))
@@ -167,8 +174,8 @@ def edit(
 ) -> None:
     """Fill ``edited`` float32 [*, V], and the raw rows' flags.
 
-    ``state``: int32 [slots, V] of `Word`. ``bias``: float32 [slots, V]. ``masks``: uint8 [*, V], 0 where a row may not
-    go. Anything may stand for one that no row uses. ``some_wait``: some row has Edit.MIN_TOKENS.
+    ``state``: int32 [slots, V] of `Word`. ``bias``: float32 [slots, V]. ``masks``: int32 [*, ceil(V / 32)], bit i of a
+    row: token i may come. Anything may stand for one that no row uses. ``some_wait``: some row has Edit.MIN_TOKENS.
     """
     grid = (len(params), scratch.num_chunks)
     if some_wait:

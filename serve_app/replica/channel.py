@@ -37,8 +37,9 @@ MAX_BEHIND = 8192
 GOODBYE_SECONDS = 60.0
 """How long a lost replica is told that its channel is closed. One that hung and goes on ends those requests then."""
 MAX_SUBMIT_CALLS = 4
-"""Calls that submit to one replica at a time. A call returns when the engine has taken its requests, which is between two
-steps; those that come meanwhile go together. A few, so that one that comes just after a call need not wait for it."""
+"""Calls that submit to one replica at a time, and as many for requests with a grammar. A call returns when the engine
+has taken its requests, which is between two steps; those that come meanwhile go together. A few, so that one that comes
+just after a call need not wait for it."""
 
 
 class Transport(Protocol):
@@ -269,8 +270,9 @@ class _Channel:
         self._transport = transport
         self._choices: dict[int, _Choice] = {}
         self._num_keys = 0
-        self._unsent: list[_Submit] = []
-        self._num_submit_calls = 0
+        self._unsent: dict[bool, list[_Submit]] = {False: [], True: []}
+        """By whether a grammar has to be compiled, for which a call may wait: the others go past it."""
+        self._num_submit_calls = {False: 0, True: 0}
         self._aborts: set[int] = set()
         """Keys whose abort the replica has not confirmed."""
         self._heard_at = loop.time()
@@ -298,29 +300,30 @@ class _Channel:
         # Before the call: a message may arrive before its reply.
         for i, request in enumerate(requests):
             self._choices[first_key + i] = _Choice(outputs, request.choice_index)
-        self._unsent.append((outputs, (first_key, requests, num_blocks, keep)))
-        if self._num_submit_calls < MAX_SUBMIT_CALLS:
-            self._num_submit_calls += 1
-            self._spawn(self._submit())
+        compiles = any(request.sampling.grammar is not None for request in requests)
+        self._unsent[compiles].append((outputs, (first_key, requests, num_blocks, keep)))
+        if self._num_submit_calls[compiles] < MAX_SUBMIT_CALLS:
+            self._num_submit_calls[compiles] += 1
+            self._spawn(self._submit(compiles))
         return outputs
 
     def abort(self, keys: set[int]) -> None:
         self._aborts |= keys
         self._due.set()
 
-    async def _submit(self) -> None:
+    async def _submit(self, compiles: bool) -> None:
         """Sends all that wait, as one call, until nothing waits: calls cost more than what they carry."""
         try:
             channel_id = await asyncio.shield(self._opened)
-            while self._unsent:
-                sent, self._unsent = self._unsent, []
+            while self._unsent[compiles]:
+                sent, self._unsent[compiles] = self._unsent[compiles], []
                 await self._submit_all(channel_id, sent)
         except ReplicaLostError as error:
-            unsent, self._unsent = self._unsent, []
+            unsent, self._unsent[compiles] = self._unsent[compiles], []
             for outputs, (first_key, requests, *_) in unsent:
                 self._refused(outputs, range(first_key, first_key + len(requests)), error)
         finally:
-            self._num_submit_calls -= 1
+            self._num_submit_calls[compiles] -= 1
 
     async def _submit_all(self, channel_id: int, sent: list[_Submit]) -> None:
         answers: list[Exception | None]

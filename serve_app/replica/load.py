@@ -46,6 +46,7 @@ def load_engine(args: ServeArgs) -> Engine:
         device=model.device,
         load_format=model.load_format,
         revision=model.revision,
+        tokenizer=model.tokenizer,
     )
     return Engine(config, runner)
 

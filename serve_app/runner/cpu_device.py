@@ -24,6 +24,7 @@ from serve_app.logs import get_logger
 from serve_app.models.model import Model, ModelConfig
 from serve_app.runner import machine, numerics, pooler
 from serve_app.runner.batch import Batch, BatchBuilder
+from serve_app.runner.constraints import Constraints, unpacked
 from serve_app.runner.device import ComputedStep, MakeModel
 from serve_app.runner.kv_cache import KVCache, num_blocks_that_fit
 from serve_app.runner.sampler import Sampler, token_logprobs
@@ -124,6 +125,7 @@ class CpuDevice:
         self.cache = cache
         self.batches = BatchBuilder(self.config.max_num_seqs, self.max_model_len, self.config.block_size)
         self.sampler = Sampler(self.model_config.vocab_size, self.config.max_num_seqs)
+        self.constraints = Constraints(self.config.max_num_seqs, num_threads=1)
 
     def describe(self) -> tuple[str, str]:
         mode = "deterministic" if self.deterministic else "fast"
@@ -144,6 +146,7 @@ class CpuDevice:
         self.cache.copy_blocks(plan.block_copies)
         batch = self.batches.build(plan)
         built = time.perf_counter()
+        constrained = self.constraints.begin(batch.sampling)
         products = self.model.row_linears  # a padded row is padded in each layer
         padded = [linear.num_padded_rows for linear in products]
         inputs = batch.input_ids, batch.metadata, batch.logits_indices, self.cache.k, self.cache.v
@@ -157,20 +160,28 @@ class CpuDevice:
         else:
             logits = self.model.forward(*inputs)
         computed = time.perf_counter()
+        masks = {}
+        if constrained is not None:
+            words = constrained.masks()
+            masks = {row: unpacked(mask, self.model_config.vocab_size) for row, mask in words.items()}
         num_sampled = len(batch.sampling)
         token_ids: list[int] = []
         logprobs: Mapping[int, TokenLogprobs] = {}
         if num_sampled:
-            token_ids, logprobs = self.sampler.sample(logits[:num_sampled], batch.sampling)
+            token_ids, logprobs = self.sampler.sample(logits[:num_sampled], batch.sampling, masks)
         prompt_logprobs = _prompt_logprobs(batch, logits)
+        ended = frozenset[int]() if constrained is None else constrained.advance(token_ids)
         seconds = {
             "batch": built - started,
             "model": computed - built,
             "sampler": time.perf_counter() - computed,
         }
+        if constrained is not None:
+            seconds["masks"] = constrained.seconds_waited
+            seconds["sampler"] -= constrained.seconds_waited
         more = (linear.num_padded_rows - before for linear, before in zip(products, padded, strict=True))
         num_padded = max(more, default=0)
-        return ComputedStep(token_ids, logprobs, prompt_logprobs, num_padded, seconds, embeddings)
+        return ComputedStep(token_ids, logprobs, prompt_logprobs, num_padded, seconds, embeddings, ended)
 
     def _use_threads(self) -> None:
         """OpenMP's thread count belongs to the calling thread: others may have changed it, or the engine has moved."""

@@ -1,7 +1,10 @@
 """CudaDevice: steps on a GPU, each launched while the one before still computes. Knows the order of a step's parts.
 
 launch(plan)   copy blocks -> arrange rows, plan attention's work -> one copy to the device -> replay a decode graph, or
-               run eager -> head -> sample -> keep the tokens for the next step -> copy them to the host, event
+               run eager -> head
+sample         sample -> keep the tokens for the next step -> copy them to the host, event. A part of launch, unless a
+               row has a grammar: its mask follows from the token of the step before, which is read first. The device
+               computes the forward meanwhile, so it does not wait for that
 read           wait for the event
 
 Nothing in `launch` waits for the device. So the host plans, packs and launches step n + 1 while step n computes; what
@@ -15,9 +18,11 @@ is compiled, which should be nothing.
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,9 +39,10 @@ from serve_app.logs import get_logger
 from serve_app.models.model import Model, ModelConfig
 from serve_app.runner import machine, pooler
 from serve_app.runner.batch import BatchBuilder, Rows
+from serve_app.runner.constraints import ConstrainedStep, Constraints, Words
 from serve_app.runner.cuda_graphs import DecodeGraphs, bucket_sizes
 from serve_app.runner.device import MakeModel
-from serve_app.runner.device_sampler import DeviceSampler, PendingCopy, PendingLogprobs, SampledStep
+from serve_app.runner.device_sampler import DeviceSampler, PendingCopy, PendingLogprobs, SampledStep, SamplingPlan
 from serve_app.runner.gpu import Gpu
 from serve_app.runner.kv_cache import GpuKVCache, GpuMemory, KVCache, num_blocks_on_gpu
 from serve_app.runner.packed_batch import DeviceState, Layout, PackedBatch, Sizes, StepInputs, num_elements_of
@@ -51,6 +57,9 @@ LIBRARY_BYTES = 64 << 20
 
 GRAPH_BYTES = 8 << 20
 """Kept free for each graph beside its activations: nodes, arguments, the driver's share. An estimate."""
+
+MASK_THREADS = max(1, min(8, (os.cpu_count() or 1) // 2))
+"""That fill the masks of a step. The host has little else to do while the device computes."""
 
 MAX_GROUP = 16
 MAX_HEAD_DIM = 256
@@ -168,6 +177,7 @@ class CudaDevice:
             self._buckets[rows] = layout, self.packed.inputs_of(layout, 1, self.max_model_len)
         self.batches = BatchBuilder(max_seqs, self.max_model_len, config.block_size)
         self.sampler = DeviceSampler(shape.vocab_size, max_seqs, self.torch_device)
+        self.constraints = Constraints(max_seqs, MASK_THREADS)
 
     @torch.inference_mode()
     def _profile(self) -> GpuMemory:
@@ -239,25 +249,35 @@ class CudaDevice:
         self.cache.copy_blocks(plan.block_copies)
         rows = self.batches.arrange(plan)
         work = self._plan_work(plan, rows)
-        sampling = self.sampler.prepare(rows.sampling, rows.sampled_positions)
+        masked = [row for row, sequence in enumerate(rows.sampling) if sequence.grammar is not None]
+        sampling = self.sampler.prepare(rows.sampling, rows.sampled_positions, masked)
         bucket = self._bucket_for(rows, work)
         layout, inputs = self._buckets[bucket] if bucket is not None else self._eager(rows, work)
         self.packed.send(layout, rows, work, sampling.rows)
         packed = time.perf_counter()
 
         hidden_SE = self.graphs.replay(bucket) if bucket is not None else self._hidden_states(inputs)
-        sampled = None
+        sampled: SampledStep | _Unsampled | None = None
         num_sampled = len(rows.sampling)
         if num_sampled:
             logits_RV = self.model.head(hidden_SE[:num_sampled])
-            sampled = self.sampler.sample(logits_RV, sampling, inputs.fields["sampling"][:num_sampled])
-            self.state.keep_tokens(inputs.fields["token_slots"][:num_sampled], sampled.token_ids)
-            sampled.start_copy()
+            fields = inputs.fields["sampling"][:num_sampled], inputs.fields["token_slots"][:num_sampled]
+            unsampled = _Unsampled(logits_RV, sampling, *fields)
+            sampled = unsampled if masked else self.sample(unsampled)
         prompt_logprobs = self._prompt_logprobs(rows, hidden_SE)
         embeddings = self._embeddings(rows, hidden_SE)
         seconds = {"batch": packed - started, "enqueue": time.perf_counter() - packed}
         num_padded = 0 if bucket is None else bucket - rows.num_tokens
         return LaunchedStep(self, sampled, prompt_logprobs, embeddings, num_padded, seconds)
+
+    def sample(self, step: _Unsampled, masks: Mapping[int, Words] | None = None) -> SampledStep:
+        """Waits for nothing that the device computes. ``masks``: see `ConstrainedStep.masks`."""
+        if masks:
+            step.plan.take_masks(masks)
+        sampled = self.sampler.sample(step.logits_RV, step.plan, step.params)
+        self.state.keep_tokens(step.slots, sampled.token_ids)
+        sampled.start_copy()
+        return sampled
 
     def _plan_work(self, plan: SchedulerOutput, rows: Rows) -> WorkList:
         num_prompt = None
@@ -325,20 +345,32 @@ class CudaDevice:
             raise DeviceLostError(f"{self.gpu.name} is lost: {type(lost).__name__}: {lost}") from error
 
 
+class _Unsampled(NamedTuple):
+    """What sampling a step takes: views of the device's buffers, good until the next launch."""
+
+    logits_RV: torch.Tensor
+    plan: SamplingPlan
+    params: torch.Tensor
+    """plan.rows, on the device."""
+    slots: torch.Tensor
+
+
 class LaunchedStep:
     """A step on the device (see engine.Step)."""
 
     def __init__(
         self,
         device: CudaDevice,
-        sampled: SampledStep | None,
+        sampled: SampledStep | _Unsampled | None,
         prompt_logprobs: dict[Key, list[PendingLogprobs]],
         embeddings: dict[Key, PendingCopy],
         num_padded_tokens: int,
-        seconds: Mapping[str, float],
+        seconds: dict[str, float],
     ) -> None:
         self._device = device
         self._sampled = sampled
+        self._constrained: ConstrainedStep | None = None
+        self.ended: Collection[int] = ()
         self._pending = prompt_logprobs
         self._pending_embeddings = embeddings
         self._token_ids: list[int] = []
@@ -348,11 +380,33 @@ class LaunchedStep:
         self.num_padded_tokens = num_padded_tokens
         self.seconds = seconds
 
+    @torch.inference_mode()
+    def sample(self) -> None:
+        if not isinstance(self._sampled, _Unsampled):
+            return
+        started = time.perf_counter()
+        step, self._sampled = self._sampled, None
+        try:
+            masks: Mapping[int, Words] = {}
+            self._constrained = self._device.constraints.begin(step.plan.sequences)
+            if self._constrained is not None:
+                masks = self._constrained.masks()
+                self.seconds["masks"] = self._constrained.seconds_waited
+            self._sampled = self._device.sample(step, masks)
+        except Exception as error:
+            self._device.raise_if_lost(error)
+            raise
+        self.seconds["enqueue"] += time.perf_counter() - started - self.seconds.get("masks", 0.0)
+
     def token_ids(self) -> list[int]:
+        self.sample()
         try:
             if self._sampled is not None:
+                assert not isinstance(self._sampled, _Unsampled)
                 self._token_ids, self.logprobs = self._sampled.read()
                 self._sampled = None
+                if self._constrained is not None:
+                    self.ended = self._constrained.advance(self._token_ids)
             if self._pending:
                 self.prompt_logprobs = {
                     key: [entry for part in parts for entry in part.read()] for key, parts in self._pending.items()

@@ -7,7 +7,7 @@ ModelRunner asks in this order, once each, and then launches steps:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
 
 import torch
@@ -73,6 +73,7 @@ class ComputedStep:
         num_padded_tokens: int,
         seconds: Mapping[str, float],
         embeddings: Mapping[Key, Pooled] | None = None,
+        ended: Collection[int] = (),
     ) -> None:
         self._token_ids = token_ids
         self.logprobs = logprobs
@@ -80,6 +81,10 @@ class ComputedStep:
         self.num_padded_tokens = num_padded_tokens
         self.seconds = seconds
         self.embeddings = embeddings or {}
+        self.ended = ended
+
+    def sample(self) -> None:
+        """It is sampled."""
 
     def token_ids(self) -> list[int]:
         return self._token_ids

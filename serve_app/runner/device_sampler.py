@@ -23,7 +23,7 @@ preemption, a step that failed), the words are made anew from token_ids.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence as SequenceOf
+from collections.abc import Collection, Mapping, Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -55,10 +55,19 @@ class SamplingPlan:
     """Some row has top_k or top_p."""
     edited: list[int] = field(default_factory=list)
     """Rows with masks, min_tokens, bias or penalties."""
-    masks: npt.NDArray[np.bool_] | None = None
-    """[len(edited), V], if some row has one."""
+    masks: IntArray | None = None
+    """[len(edited), ceil(V / 32)], if some row may have one; bit i: token i may come."""
     asking: list[int] = field(default_factory=list)
     """Rows that want log-probabilities."""
+
+    def take_masks(self, masks: Mapping[int, IntArray]) -> None:
+        """``masks[row]``: words as in ``masks``, or more of them. For rows that were announced to `prepare`.
+
+        One that was announced and gets none goes anywhere.
+        """
+        assert self.masks is not None
+        for row, words in masks.items():
+            self.masks[self.edited.index(row)] = words[: self.masks.shape[1]]
 
     @property
     def is_plain(self) -> bool:
@@ -177,15 +186,16 @@ class DeviceSampler:
         self,
         sequences: SequenceOf[Sequence],
         positions: SequenceOf[int] | None = None,
-        masks: Mapping[int, npt.NDArray[np.bool_]] | None = None,
+        masked: Collection[int] = (),
         num_rows: int | None = None,
     ) -> SamplingPlan:
         """Pack the parameters of a step; row i of its logits belongs to ``sequences[i]``.
 
         ``positions[i]``: the place that the token will take, start + num_tokens of the scheduled sequence; by default
-        len(token_ids). ``masks[i]``: bool [V], True where row i may go. ``num_rows``: rows of the padded batch; those
-        behind the sequences are greedy and ignored. Brings the state of new sequences to their slots, on the current
-        stream, so it is called in the order of the steps and every plan is sampled (or its step is run again).
+        len(token_ids). ``masked``: rows that have a mask; the plan takes it before it is sampled. ``num_rows``: rows of
+        the padded batch; those behind the sequences are greedy and ignored. Brings the state of new sequences to their
+        slots, on the current stream, so it is called in the order of the steps and every plan is sampled (or its step is
+        run again).
 
         Raises StepFailedError naming the request for a token id beyond the vocabulary.
         """
@@ -208,22 +218,18 @@ class DeviceSampler:
         plan.draws = bool((rows.view(np.float32)[:, Field.INVERSE_TEMPERATURE] > 0).any())
         plan.truncates = bool(self._truncates[slots].any())
         plan.asking = np.flatnonzero(self._asks[slots]).tolist()
-        masks = masks or {}
-        for row in sorted({*np.flatnonzero(self._may_edit[slots]).tolist(), *masks}):
+        for row in sorted({*np.flatnonzero(self._may_edit[slots]).tolist(), *masked}):
             sequence, position = sequences[row], positions[row]
             params = sequence.request.sampling
-            edits = _edits_of(params, position - sequence.num_prompt_tokens) | (Edit.MASK if row in masks else Edit(0))
+            edits = _edits_of(params, position - sequence.num_prompt_tokens) | (Edit.MASK if row in masked else Edit(0))
             if edits:
                 rows[row, Field.EDITED] = len(plan.edited)
                 rows[row, Field.EDITS] = int(edits)
                 plan.edited.append(row)
             if edits & (Edit.WORDS | Edit.BIAS):
                 self._fill_slot(sequence, position, edits)
-        if masks:
-            plan.masks = np.ones((len(plan.edited), self.vocab_size), dtype=np.bool_)
-            for row, mask in masks.items():
-                assert mask.shape == (self.vocab_size,) and mask.dtype == np.bool_
-                plan.masks[plan.edited.index(row)] = mask
+        if masked:
+            plan.masks = np.full((len(plan.edited), -(-self.vocab_size // 32)), -1, dtype=np.int32)
         return plan
 
     def _pack(self, slot: int, sequence: Sequence) -> None:
@@ -405,7 +411,7 @@ class DeviceSampler:
     def _edit(self, logits_SV: torch.Tensor, plan: SamplingPlan, rows: torch.Tensor) -> torch.Tensor:
         if self._edited is None:
             self._edited = torch.empty((self.max_num_seqs, self.vocab_size), dtype=torch.float32, device=self.device)
-        masks = None if plan.masks is None else self._to_device(plan.masks.view(np.uint8))
+        masks = None if plan.masks is None else self._to_device(plan.masks)
         # Where nobody has a state or a mask, no row's edits make the kernel read one, so one word will do.
         nothing = rows.view(-1)[:1]
         sampling_edits.edit(
@@ -415,7 +421,7 @@ class DeviceSampler:
             self._edited,
             state=nothing if self._words is None else self._words,
             bias=nothing.view(torch.float32) if self._bias is None else self._bias,
-            masks=nothing.view(torch.uint8) if masks is None else masks,
+            masks=nothing if masks is None else masks,
             some_wait=bool((plan.rows[plan.edited, Field.EDITS] & int(Edit.MIN_TOKENS)).any()),
         )
         return self._edited
@@ -447,9 +453,8 @@ class DeviceSampler:
         for edited in (None, floats):
             for draws, truncates in ((False, False), (True, False), (True, True)):
                 self._launch(logits_SV, on_device, out, edited, draws=draws, truncates=truncates)
-        masks = state.view(torch.uint8)
         sampling_edits.edit(
-            logits_SV, on_device, self._scratch, floats, state=state, bias=floats, masks=masks, some_wait=True
+            logits_SV, on_device, self._scratch, floats, state=state, bias=floats, masks=state, some_wait=True
         )
         sampling_edits.count(on_device, out, state)
         self.token_logprobs(logits_SV, [0], [0], [1])

@@ -24,6 +24,7 @@ from serve_app.models.weights import DummyWeights, WeightLoader, weights_fingerp
 from serve_app.runner.device import Device
 from serve_app.runner.gpu import find_gpu
 from serve_app.runner.kv_cache import describe
+from serve_app.text.token_masks import GrammarTokenizer
 
 logger = get_logger(__name__)
 
@@ -35,8 +36,9 @@ LOAD_FORMATS = ("auto", "dummy")
 class ModelRunner:
     """``model``: a directory or hub id. ``dtype``, ``device``: "auto" or a name; ``load_format``: "auto" or "dummy".
 
-    ``device`` "auto" is the GPU if there is one. ``implementation``: see `load_model_config`. Raises a StartupError that
-    names what is wrong before any weight is read, where that is possible.
+    ``device`` "auto" is the GPU if there is one. ``implementation``: see `load_model_config`. ``tokenizer``: the
+    directory of the tokenizer that grammars mean, where it is not the model's. Raises a StartupError that names what is
+    wrong before any weight is read, where that is possible.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class ModelRunner:
         load_format: str = "auto",
         revision: str | None = None,
         implementation: str = "auto",
+        tokenizer: str | Path | None = None,
     ) -> None:
         _check_choice("dtype", dtype, ("auto", *DTYPES))
         _check_choice("device", device, DEVICES)
@@ -61,6 +64,12 @@ class ModelRunner:
         self.max_model_len = _max_model_len(config, self.model_config)
         self.vocab_size = self.model_config.vocab_size
         self.eos_token_ids = frozenset(self.model_config.eos_token_ids)
+
+        # Its thread works while the weights are read.
+        self.grammars = GrammarTokenizer.of_directory(
+            self.directory if tokenizer is None else Path(tokenizer), self.vocab_size, self.eos_token_ids
+        )
+        self.grammars.start()
 
         self.device = make_device(device, config, self.model_config, self.max_model_len)
         self.ops = self.device.ops
@@ -92,6 +101,9 @@ class ModelRunner:
     @property
     def deterministic(self) -> bool:
         return self.device.deterministic
+
+    def compile_grammar(self, text: str) -> object:
+        return self.grammars.compile(text)
 
     @torch.inference_mode()
     def launch(self, plan: SchedulerOutput) -> Step:

@@ -119,7 +119,7 @@ class Tokenizer:
         found = self._token_bytes.get(token_id)
         if found is None:
             token = self.id_to_token(token_id) or ""
-            spelled = [_BYTE_OF.get(character) for character in token]
+            spelled = [BYTE_OF.get(character) for character in token]
             # An added token that holds another character stands for itself, as in the decoder of `tokenizers`.
             found = token.encode() if None in spelled else bytes(spelled)  # type: ignore[arg-type]
             self._token_bytes[token_id] = found
@@ -128,6 +128,11 @@ class Tokenizer:
     def token_to_id(self, token: str) -> int | None:
         token_id: int | None = self._backend.token_to_id(token)
         return token_id
+
+    @property
+    def backend(self) -> tokenizers.Tokenizer:
+        """For reading alone: threads share it."""
+        return self._backend
 
     @property
     def vocab_size(self) -> int:
@@ -182,7 +187,8 @@ def _bytes_of_characters() -> dict[str, int]:
     return {chr(byte): byte for byte in printing} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-_BYTE_OF = _bytes_of_characters()
+BYTE_OF = _bytes_of_characters()
+"""How a byte-level vocabulary spells its bytes: character -> byte."""
 
 
 def _decoder_steps(backend: tokenizers.Tokenizer) -> list[str]:

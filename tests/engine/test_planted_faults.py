@@ -7,6 +7,7 @@ place would pass with a bug in place.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 
@@ -200,9 +201,9 @@ def step_past_the_last_token(patch: Patch) -> None:
 def lose_a_preempted_token(patch: Patch) -> None:
     append = Scheduler._append_token
 
-    def lossy(scheduler: Scheduler, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> TokenOutput:
+    def lossy(scheduler: Scheduler, sequence: Sequence, token: int, *more: Any) -> TokenOutput:
         waits = sequence.status is SequenceStatus.WAITING
-        output = append(scheduler, sequence, token, logprobs)
+        output = append(scheduler, sequence, token, *more)
         return output._replace(token_ids=(), logprobs=None) if waits and not output.finish_reason else output
 
     patch.setattr(Scheduler, "_append_token", lossy)
@@ -211,9 +212,9 @@ def lose_a_preempted_token(patch: Patch) -> None:
 def say_a_preempted_token_twice(patch: Patch) -> None:
     append = Scheduler._append_token
 
-    def doubling(scheduler: Scheduler, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> TokenOutput:
+    def doubling(scheduler: Scheduler, sequence: Sequence, token: int, *more: Any) -> TokenOutput:
         waits = sequence.status is SequenceStatus.WAITING
-        output = append(scheduler, sequence, token, logprobs)
+        output = append(scheduler, sequence, token, *more)
         if waits and not output.finish_reason:
             del sequence.token_ids[-1]
         return output

@@ -7,13 +7,14 @@ poisoned graph output and host buffers that are read late show who reads what to
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 import torch
 
 from serve_app.engine.sequence import Sequence
 from serve_app.errors import StepFailedError
+from serve_app.runner.constraints import unpacked
 from serve_app.runner.gpu import Measured
 from serve_app.runner.sampler import SampledTokens, token_logprobs
 
@@ -88,11 +89,17 @@ class FakeGpu:
 
 
 class _Plan:
-    def __init__(self, sequences: list[Sequence], positions: list[int]) -> None:
+    def __init__(self, sequences: list[Sequence], positions: list[int], masked: Collection[int]) -> None:
         self.sequences = sequences
+        self.masked = masked
+        self.masks: Mapping[int, np.ndarray] = {}
         self.positions = positions
         self.rows = np.zeros((len(sequences), 16), dtype=np.int32)
         self.rows[:, 0] = positions
+
+    def take_masks(self, masks: Mapping[int, np.ndarray]) -> None:
+        assert set(masks) <= set(self.masked)
+        self.masks = masks
 
 
 class _Step:
@@ -139,12 +146,15 @@ class GreedySampler:
         self.max_num_seqs = max_num_seqs
         self.steps: list[_Step] = []
 
-    def prepare(self, sequences: list[Sequence], positions: list[int]) -> _Plan:
-        return _Plan(sequences, positions)
+    def prepare(self, sequences: list[Sequence], positions: list[int], masked: Collection[int] = ()) -> _Plan:
+        return _Plan(sequences, positions, masked)
 
     def sample(self, logits_SV: torch.Tensor, plan: _Plan, rows: torch.Tensor) -> _Step:
         assert len(logits_SV) == len(plan.sequences) == len(rows)
         assert np.array_equal(rows.numpy(), plan.rows), "the parameters arrived, in this step's rows"
+        logits_SV = logits_SV.clone()
+        for row, words in plan.masks.items():
+            logits_SV[row, torch.from_numpy(~unpacked(words, logits_SV.shape[1]))] = -1e30
         self.steps.append(_Step(plan, logits_SV))
         return self.steps[-1]
 

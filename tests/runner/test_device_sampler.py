@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -40,8 +40,25 @@ def _blocks_of_512(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks(monkeypatch, 512)
 
 
-def sample(sampler: DeviceSampler, logits_SV: torch.Tensor, company: list[Sequence], **more: Any) -> SampledStep:
-    return sampler.sample(logits_SV.to(DEVICE), sampler.prepare(company, **more))
+def sample(
+    sampler: DeviceSampler,
+    logits_SV: torch.Tensor,
+    company: list[Sequence],
+    masks: Mapping[int, np.ndarray] | None = None,
+    **more: Any,
+) -> SampledStep:
+    """``masks``: bool [V] by row."""
+    plan = sampler.prepare(company, masked=masks or (), **more)
+    if masks:
+        plan.take_masks({row: packed(mask) for row, mask in masks.items()})
+    return sampler.sample(logits_SV.to(DEVICE), plan)
+
+
+def packed(mask: np.ndarray) -> np.ndarray:
+    """int32 words of a bool [V], and one word more, as a mask with room for an end has."""
+    bits = np.zeros((len(mask) // 32 + 2) * 32, dtype=np.bool_)
+    bits[: len(mask)] = mask
+    return np.packbits(bits, bitorder="little").view(np.int32)
 
 
 def kept_sets(logits_SV: torch.Tensor, company: list[Sequence]) -> list[set[int]]:
@@ -360,8 +377,9 @@ def test_edited_logits_have_the_cpu_samplers_bits() -> None:
     ]
     logits_SV = random_logits(len(company), 600, seed=5).half()
     sampler = DeviceSampler(600, 8, DEVICE)
-    plan = sampler.prepare(company, masks=masks)
+    plan = sampler.prepare(company, masked=masks)
     assert plan.edited == list(range(8))
+    plan.take_masks({row: packed(mask) for row, mask in masks.items()})
     tokens = sampler.sample(logits_SV.to(DEVICE), plan).read().token_ids
     assert sampler._edited is not None
     edited = sampler._edited.cpu().numpy()
