@@ -123,14 +123,6 @@ def grammar(text: str, path: str = "grammar") -> str:
     return _text([{"lark_grammar": text}], path)
 
 
-def after_reasoning(end_marker: str, text: str) -> str:
-    """Free text up to and with ``end_marker``, and then a sentence of the grammar ``text``. Before JSON, up to two line
-    ends are free: most models write them there."""
-    gap = r" /\n{0,2}/" if "json_schema" in json.loads(text)["grammars"][0] else ""
-    lark = f"start: reasoning{gap} @answer\nreasoning[suffix={quoted(end_marker)}]: /(.|\\n)*/"
-    return combined(lark, {"answer": text})
-
-
 def combined(lark: str, named: dict[str, str], path: str = "grammar") -> str:
     """A grammar in Lark whose rules name others by ``@name``."""
     grammars: list[dict[str, Any]] = [{"lark_grammar": lark}]
