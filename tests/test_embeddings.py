@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from serve_app.engine.engine import Engine
@@ -131,3 +133,14 @@ def test_a_model_of_nan_fails_the_one_request(runner: ModelRunner) -> None:
     assert ends["a"].error_code == "step_failed"
     assert "a cannot be embedded" in (ends["a"].error or "")
     assert ends["b"].finish_reason == "length"
+
+
+def test_a_checkpoint_of_the_decoder_alone(directory: Path, runner: ModelRunner, tmp_path: Path) -> None:
+    """Names without the "model." before them, and no head, as embedding models are published."""
+    copy = shutil.copytree(directory, tmp_path / "copy")
+    weights = load_file(copy / "model.safetensors")
+    bare = {name.removeprefix("model."): x for name, x in weights.items() if name != "lm_head.weight"}
+    assert len(bare) < len(weights)
+    save_file(bare, copy / "model.safetensors", {"format": "pt"})
+    found = run(make_engine(make_runner(copy, block_size=16, max_num_seqs=8)), [pooled("1", PROMPTS[1], "last")])
+    assert found["1"] == alone(runner, "last")["1"]

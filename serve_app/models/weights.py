@@ -25,9 +25,13 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from serve_app.errors import WeightsError
+from serve_app.logs import get_logger
+
+logger = get_logger(__name__)
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+_BASE = "model."
 
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
@@ -54,6 +58,9 @@ class WeightLoader:
 
     Raises WeightsError naming file and tensor: a file that is missing, truncated or corrupt, an index that disagrees
     with its shards, a tensor that is missing, has another shape, is not floating-point, is taken twice or never.
+
+    Embedding models are often saved without what stands around the decoder: their names lack the "model." before them, and
+    there is no lm_head.weight. Names are taken as if they had it, and the head is the embedding (a warning says so).
     """
 
     def __init__(
@@ -70,6 +77,9 @@ class WeightLoader:
         self._taken: set[str] = set()
         for path, names in _checkpoint_files(self.directory).items():
             self._open(path, names)
+        self._is_bare = EMBEDDING not in self._file_of and EMBEDDING.removeprefix(_BASE) in self._file_of
+        if self._is_bare:
+            self._file_of = {name if name == HEAD else _BASE + name: path for name, path in self._file_of.items()}
         num_bytes = sum(path.stat().st_size for path in self._files)
         self._bar = tqdm(
             total=num_bytes,
@@ -86,6 +96,11 @@ class WeightLoader:
 
     def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """See `WeightSource.take`. Converts between floating-point types; nothing else is converted."""
+        if name == HEAD and self._is_bare and name not in self._file_of:
+            logger.warning(
+                "%s has no %s: this model is for embeddings, and its answers are noise", self.directory, HEAD
+            )
+            return self._read(EMBEDDING).to(dtype)
         if name not in self._file_of:
             raise WeightsError(f"tensor {name!r} of shape {list(shape)} is missing in {self.directory}")
         path = self._file_of[name]
@@ -149,7 +164,8 @@ class WeightLoader:
     def _read(self, name: str) -> torch.Tensor:
         path = self._file_of[name]
         try:
-            tensor: torch.Tensor = self._files[path].get_tensor(name)
+            stored = name.removeprefix(_BASE) if self._is_bare else name
+            tensor: torch.Tensor = self._files[path].get_tensor(stored)
         except (SafetensorError, OSError) as error:
             raise WeightsError(f"tensor {name!r} of {path} cannot be read: {error}") from error
         return tensor

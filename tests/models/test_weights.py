@@ -271,3 +271,23 @@ def test_hub_errors_name_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         resolve_model("some/model", revision="v2")
     with pytest.raises(ModelNotFoundError, match="bad name"):
         resolve_model("bad name")
+
+
+@pytest.mark.parametrize("has_head", [False, True])
+def test_a_checkpoint_without_the_models_own_prefix(
+    tmp_path: Path, has_head: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As embedding models are saved: the decoder alone, often without its head."""
+    content = {name.removeprefix("model."): value for name, value in tensors().items() if has_head or name != HEAD}
+    write_single(tmp_path, content)
+    with WeightLoader(tmp_path) as loader:
+        taken = {name: loader.take(name, value.shape, torch.float32) for name, value in tensors().items()}
+        with pytest.raises(WeightsError, match="taken twice"):
+            loader.take("model.norm.weight", (300,), torch.float32)
+        with pytest.raises(WeightsError, match=r"'model\.layers\.9' of shape \[1\] is missing"):
+            loader.take("model.layers.9", (1,), torch.float32)
+        loader.finish()
+    expected = tensors() if has_head else {**tensors(), HEAD: tensors()[EMBEDDING]}
+    for name, value in expected.items():
+        assert torch.equal(taken[name], value.float()), name
+    assert ("answers are noise" in caplog.text) is not has_head
