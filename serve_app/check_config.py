@@ -481,6 +481,8 @@ def _type(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return " or ".join(_type(part) for part in inner)
     if origin is list:
         return f"list of {_type(inner[0])}"
+    if origin is dict:
+        return f"mapping of {_type(inner[0])} to {_type(inner[1])}"
     bounds = [text.format(getattr(m, name)) for m in metadata for name, text in _BOUNDS.items() if hasattr(m, name)]
     return " ".join([_WORDS[annotation], ", ".join(bounds)]).strip()
 

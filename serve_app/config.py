@@ -116,6 +116,10 @@ class SimulatedArgs(Options):
     eos_token_ids: list[NotNegativeInt] = []
     """Token ids that end an answer. Empty: an answer ends at max_tokens, or at a stop."""
 
+    answers: dict[Text, Text] = {}
+    """What to say, instead of made-up tokens: a text that the prompt holds -> the answer. Of several, the one whose text
+    stands last in the prompt. They end with the first of eos_token_ids, or with the tokenizer's."""
+
     seconds_per_step: NotNegativeSeconds = 0.0
     """Seconds of a step, whatever is in it."""
 
@@ -272,6 +276,16 @@ class ApiArgs(Options):
 
     chat_template: Text | None = None
     """Path of a Jinja file, or Jinja text, in place of the model's chat template."""
+
+    tool_parser: Literal[
+        "auto", "none", "qwen3_coder", "hermes", "mistral", "mistral_list", "pythonic", "llama3_json"
+    ] = "auto"
+    """How the model writes tool calls. auto: as its chat template shows; none: tools are refused. What was found stands in
+    the log at start."""
+
+    reasoning_parser: Literal["auto", "none", "think", "mistral", "granite"] = "auto"
+    """How the model marks its reasoning, which then comes in reasoning_content. auto: as its chat template shows; none: it
+    stays in the content."""
 
     default_chat_max_tokens: PositiveInt = 1024
     """Most tokens of a chat answer whose request names no limit; the context may leave less."""
@@ -434,6 +448,12 @@ class LimitOptions(Options):
 
     max_bias: NotNegativeInt = 1024
     """Entries of logit_bias."""
+
+    max_tools: PositiveInt = 128
+    """Tools of a chat."""
+
+    max_tool_bytes: PositiveInt = 262_144
+    """Of all its tools, as JSON."""
 
     max_inputs: PositiveInt = 2048
     """Inputs of one embedding request."""

@@ -10,7 +10,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel, ValidationError
@@ -35,6 +35,7 @@ from serve_app.engine.simulated_runner import SimulatedRunner
 from serve_app.errors import ConfigurationError
 from serve_app.replica.channel import MAX_BEHIND
 from serve_app.routing.ledger import LedgerOptions
+from serve_app.text.output_format import REASONING_FORMAT_NAMES, TOOL_FORMAT_NAMES
 
 
 def docs_of(cls: type) -> dict[str, str]:
@@ -126,12 +127,17 @@ def test_what_the_engine_refuses_is_refused_in_its_words() -> None:
         EngineArgs.parse({"max_num_seqs": 9, "max_num_batched_tokens": 8})
 
 
+def test_the_parsers_are_those_of_the_tables() -> None:
+    names = {name: get_args(ApiArgs.model_fields[name].annotation) for name in ("tool_parser", "reasoning_parser")}
+    assert names == {"tool_parser": TOOL_FORMAT_NAMES, "reasoning_parser": REASONING_FORMAT_NAMES}
+
+
 def test_the_simulated_runner_takes_these_costs() -> None:
     parameters = inspect.signature(SimulatedRunner).parameters
     given_elsewhere = {"num_kv_blocks", "block_size", "max_model_len", "script", "sleep"}
-    assert set(SimulatedArgs.model_fields) == set(parameters) - given_elsewhere
+    assert set(SimulatedArgs.model_fields) - {"answers"} == set(parameters) - given_elsewhere
     for name, field in SimulatedArgs.model_fields.items():
-        if name not in ("vocab_size", "eos_token_ids"):  # the tokenizer's, and a list in YAML
+        if name not in ("vocab_size", "eos_token_ids", "answers"):  # the tokenizer's, a list in YAML, and a script
             assert field.default == parameters[name].default, name
 
 

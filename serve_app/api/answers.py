@@ -26,168 +26,25 @@ from collections.abc import Sequence
 from json.encoder import encode_basestring_ascii
 from typing import Any
 
+from serve_app.api.answer_formats import (
+    ChatFormat,
+    CompletionFormat,
+    Format,
+    TokenTexts,
+    chunk_call,
+    reasoning_fields,
+    whole_call,
+)
+from serve_app.api.error_response import error_event
 from serve_app.api.event_id import ChoiceShown, encode_choice, fold, join_event_id
 from serve_app.api.protocol import ChatCompletionRequest, CompletionRequest, EncodedPrompt
+from serve_app.api.tools import tool_call_id
 from serve_app.engine.request import FinishReason, TokenLogprobs, TokenOutput
 from serve_app.text.detokenizer import Detokenizer, make_detokenizer
-from serve_app.text.text_stream import TextDelta
-from serve_app.text.tokenizer import Tokenizer
+from serve_app.text.text_stream import Parsed, TextDelta
 
 DONE = b"data: [DONE]\n\n"
 """Last event of every stream that went well."""
-
-MIN_LOGPROB = -9999.0
-"""Stands for minus infinity, which JSON cannot spell (as in vLLM)."""
-
-
-class TokenTexts:
-    """What single tokens read as, for logprobs. Remembers every token it was asked for: one for each tokenizer, please."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self._anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
-        self._anchor_text = tokenizer.decode(self._anchor, skip_special_tokens=False)
-        self._texts: dict[int, str] = {}
-        self._utf8: dict[int, list[int]] = {}
-
-    def text(self, token_id: int) -> str:
-        """The token in the middle of a text (sentencepiece drops the space of a first word). A part of a character
-        reads as U+FFFD; an id without a token as nothing."""
-        text = self._texts.get(token_id)
-        if text is None:
-            text = self._texts[token_id] = self._read(token_id)
-        return text
-
-    def utf8(self, token_id: int) -> list[int]:
-        """The token's own bytes, in UTF-8; also of one that is only a part of a character."""
-        found = self._utf8.get(token_id)
-        if found is None:
-            found = self._utf8[token_id] = list(self._read_utf8(token_id))
-        return found
-
-    def _read(self, token_id: int) -> str:
-        if self.tokenizer.id_to_token(token_id) is None:
-            return ""
-        both = self.tokenizer.decode([*self._anchor, token_id], skip_special_tokens=False)
-        if both.startswith(self._anchor_text):
-            return both[len(self._anchor_text) :]
-        return self.tokenizer.decode([token_id], skip_special_tokens=False)
-
-    def _read_utf8(self, token_id: int) -> bytes:
-        if self.tokenizer.is_byte_level:
-            return self.tokenizer.token_bytes(token_id)
-        if token_id in self.tokenizer.byte_fallback_ids:
-            return bytes([int((self.tokenizer.id_to_token(token_id) or "")[3:5], 16)])  # "<0xE6>"
-        return self.text(token_id).encode("utf-8")
-
-
-# ---- the two formats -------------------------------------------------------------------------------------------------
-
-
-class Format:
-    """Where completions and chat differ."""
-
-    id_prefix: str
-    chunk_object: str
-    whole_object: str
-    text_name: str
-    """The name that stands before the text of a chunk."""
-    prompt_ids_in_choice: bool
-    """Whether prompt_token_ids stand in the choice, or beside the choices (as in vLLM)."""
-
-    def chunk_text(self, text: str) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def first_text(self) -> dict[str, Any] | None:
-        """What an event before all others says of a choice; None: there is none."""
-        return None
-
-    def whole_text(self, text: str) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def logprobs(
-        self,
-        token_ids: Sequence[int],
-        entries: Sequence[TokenLogprobs | None],
-        offsets: Sequence[int],
-        token_texts: TokenTexts,
-    ) -> dict[str, list[Any]]:
-        """Lists with one entry for each token. ``offsets``: characters of the answer before each; empty for chats."""
-        raise NotImplementedError
-
-
-class CompletionFormat(Format):
-    id_prefix = "cmpl-"
-    chunk_object = whole_object = "text_completion"
-    text_name = "text"
-    prompt_ids_in_choice = True
-
-    def chunk_text(self, text: str) -> dict[str, Any]:
-        return {"text": text}
-
-    def whole_text(self, text: str) -> dict[str, Any]:
-        return {"text": text}
-
-    def logprobs(
-        self,
-        token_ids: Sequence[int],
-        entries: Sequence[TokenLogprobs | None],
-        offsets: Sequence[int],
-        token_texts: TokenTexts,
-    ) -> dict[str, list[Any]]:
-        """The first token of a prompt has no entry. top_logprobs has the token itself beside the likeliest; of tokens
-        that read the same, the likelier one."""
-        read = token_texts.text
-        tops: list[dict[str, float] | None] = []
-        for entry in entries:
-            top = None if entry is None else {read(entry.token_id): _finite(entry.logprob)}
-            for token_id, logprob in () if entry is None else entry.top:
-                assert top is not None
-                top.setdefault(read(token_id), _finite(logprob))
-            tops.append(top)
-        return {
-            "text_offset": list(offsets),
-            "token_logprobs": [None if entry is None else _finite(entry.logprob) for entry in entries],
-            "tokens": [read(token_id) for token_id in token_ids],
-            "top_logprobs": tops,
-        }
-
-
-class ChatFormat(Format):
-    id_prefix = "chatcmpl-"
-    chunk_object = "chat.completion.chunk"
-    whole_object = "chat.completion"
-    text_name = "content"
-    prompt_ids_in_choice = False
-
-    def chunk_text(self, text: str) -> dict[str, Any]:
-        return {"delta": {"content": text} if text else {}}
-
-    def first_text(self) -> dict[str, Any] | None:
-        return {"delta": {"role": "assistant", "content": ""}}
-
-    def whole_text(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
-
-    def logprobs(
-        self,
-        token_ids: Sequence[int],
-        entries: Sequence[TokenLogprobs | None],
-        offsets: Sequence[int],
-        token_texts: TokenTexts,
-    ) -> dict[str, list[Any]]:
-        def describe(token_id: int, logprob: float) -> dict[str, Any]:
-            text, raw = token_texts.text(token_id), token_texts.utf8(token_id)
-            return {"token": text, "logprob": _finite(logprob), "bytes": raw}
-
-        return {
-            "content": [
-                {**describe(entry.token_id, entry.logprob), "top_logprobs": [describe(*top) for top in entry.top]}
-                for entry in entries
-                if entry is not None
-            ]
-        }
-
 
 # ---- answers ---------------------------------------------------------------------------------------------------------
 
@@ -199,6 +56,7 @@ class _Choice:
         self.index = index
         self.prompt_index = prompt_index
         self.num_tokens = 0
+        self.num_reasoning_tokens = 0
         self.has_begun = False
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
@@ -210,6 +68,9 @@ class _Choice:
         self.num_chars = 0
         # A whole answer collects:
         self.texts: list[str] = []
+        self.reasoning: list[str] = []
+        self.calls: list[tuple[str, list[str]]] = []
+        """Name and pieces of arguments."""
         self.token_ids: list[int] = []
         self.logprobs: dict[str, list[Any]] | None = None
 
@@ -226,12 +87,14 @@ class Answer:
         head: dict[str, Any],
         prompts: Sequence[EncodedPrompt],
         token_texts: TokenTexts,
+        counts_reasoning: bool = False,
     ) -> None:
         self._format = format
         self._request = request
         self._head = head
         self._prompts = prompts
         self._token_texts = token_texts
+        self._counts_reasoning = counts_reasoning
         self._n = request.n
         self._choices = [_Choice(i, i // request.n) for i in range(len(prompts) * request.n)]
         self._num_cached_tokens = [0] * len(prompts)
@@ -252,7 +115,7 @@ class Answer:
         its end change nothing.
         """
         choice = self._choices[prompt_index * self._n + output.choice_index]
-        if choice.before and delta.finish_reason is None:
+        if choice.before and delta.finish_reason is None and delta.parsed is None:
             choice.num_tokens += delta.num_tokens
             text = delta.text
             return (choice.before + encode_basestring_ascii(text) + choice.behind).encode("ascii") if text else b""
@@ -264,15 +127,23 @@ class Answer:
         """The last bytes: of a stream, the usage if asked for and [DONE]; else the whole body."""
         raise NotImplementedError
 
+    def error_event(self, error: BaseException) -> bytes:
+        """The last event of a stream that failed."""
+        return error_event(error)
+
     def usage(self) -> dict[str, Any]:
         """Tokens so far. Each prompt counts once, whatever n; cached are those that the prefix cache had."""
         num_completion_tokens = sum(choice.num_tokens for choice in self._choices)
-        return {
+        usage: dict[str, Any] = {
             "prompt_tokens": self._num_prompt_tokens,
             "completion_tokens": num_completion_tokens,
             "total_tokens": self._num_prompt_tokens + num_completion_tokens,
             "prompt_tokens_details": {"cached_tokens": sum(self._num_cached_tokens)},
         }
+        if self._counts_reasoning:
+            num_reasoning_tokens = sum(choice.num_reasoning_tokens for choice in self._choices)
+            usage["completion_tokens_details"] = {"reasoning_tokens": num_reasoning_tokens}
+        return usage
 
     def _take(self, choice: _Choice, delta: TextDelta, output: TokenOutput) -> bytes:
         """An output in full: with its logprobs, its ids, its end."""
@@ -287,8 +158,12 @@ class Answer:
         if is_first and output.choice_index == 0:
             self._num_cached_tokens[choice.prompt_index] = output.num_cached_tokens
         choice.num_tokens += num_tokens
+        parsed = delta.parsed
+        if parsed is not None:
+            choice.num_reasoning_tokens = parsed.num_reasoning_tokens
         if finish_reason is not None:
-            choice.finish_reason = str(finish_reason)
+            calls = finish_reason is FinishReason.STOP and parsed is not None and parsed.has_called
+            choice.finish_reason = "tool_calls" if calls else str(finish_reason)
             choice.stop_reason = stop_reason if finish_reason is FinishReason.STOP else None
 
         token_ids = output.token_ids[:num_tokens]
@@ -297,7 +172,7 @@ class Answer:
             logprobs = self._logprobs(choice, token_ids, output, is_first=is_first)
         if is_first and self._echo:
             text = self._prompt_text(prompt) + text
-        return self._give(choice, text, token_ids, logprobs, is_first=is_first)
+        return self._give(choice, text, parsed, token_ids, logprobs, is_first=is_first)
 
     def _logprobs(
         self, choice: _Choice, token_ids: Sequence[int], output: TokenOutput, *, is_first: bool
@@ -339,6 +214,7 @@ class Answer:
         self,
         choice: _Choice,
         text: str,
+        parsed: Parsed | None,
         token_ids: Sequence[int],
         logprobs: dict[str, list[Any]] | None,
         *,
@@ -370,6 +246,7 @@ class StreamedAnswer(Answer):
         self,
         choice: _Choice,
         text: str,
+        parsed: Parsed | None,
         token_ids: Sequence[int],
         logprobs: dict[str, list[Any]] | None,
         *,
@@ -382,8 +259,12 @@ class StreamedAnswer(Answer):
             events.append(_event(self._chunk(choice, first, None, (), prompt_ids)))
             prompt_ids = None
         has_details = not self._is_plain and (len(token_ids) > 0 or is_first)
-        if text or has_details or choice.finish_reason is not None:
-            chunk = self._chunk(choice, self._format.chunk_text(text), logprobs, token_ids, prompt_ids)
+        is_parsed = parsed is not None and bool(parsed.reasoning or parsed.tool_calls)
+        if text or is_parsed or has_details or choice.finish_reason is not None:
+            content = self._format.chunk_text(text)
+            if parsed is not None and is_parsed:
+                content["delta"] |= self._parsed_delta(choice, parsed)
+            chunk = self._chunk(choice, content, logprobs, token_ids, prompt_ids)
             if choice.finish_reason is not None:
                 chunk["choices"][0] |= {"finish_reason": choice.finish_reason, "stop_reason": choice.stop_reason}
             events.append(_event(chunk))
@@ -392,6 +273,16 @@ class StreamedAnswer(Answer):
         elif self._is_plain and not choice.before:
             self._prepare(choice)
         return b"".join(events)
+
+    def _parsed_delta(self, choice: _Choice, parsed: Parsed) -> dict[str, Any]:
+        delta: dict[str, Any] = {}
+        if parsed.reasoning:
+            delta |= reasoning_fields(parsed.reasoning)
+        if parsed.tool_calls:
+            delta["tool_calls"] = [
+                chunk_call(call, tool_call_id(self._head["id"], choice.index, call.index)) for call in parsed.tool_calls
+            ]
+        return delta
 
     def _prepare(self, choice: _Choice) -> None:
         """Splits the JSON of a plain chunk at its text. Strings inside have their quotes escaped, so that the name and
@@ -447,8 +338,12 @@ class ResumableAnswer(StreamedAnswer):
                 self._show(choice.index, shown)
                 role, data = self._with_id(data[:end]), data[end:]
         shown_ids = output.token_ids[: choice.num_tokens - num_before]
-        num_chars, checksum = shown.num_chars + len(delta.text), fold(shown_ids, shown.checksum)
-        self._show(choice.index, ChoiceShown(choice.num_tokens, num_chars, checksum, choice.finish_reason is not None))
+        num_chars, checksum = shown.num_chars + delta.num_chars, fold(shown_ids, shown.checksum)
+        has_ended = choice.finish_reason is not None
+        self._show(
+            choice.index,
+            ChoiceShown(choice.num_tokens, num_chars, checksum, has_ended, choice.num_reasoning_tokens),
+        )
         return role + self._with_id(data) if data else role
 
     def end(self) -> bytes:
@@ -461,6 +356,7 @@ class ResumableAnswer(StreamedAnswer):
         choice = self._choices[prompt_index * self._n + choice_index]
         choice.has_begun = True
         choice.num_tokens = shown.num_tokens
+        choice.num_reasoning_tokens = shown.num_reasoning_tokens
         self._show(choice.index, shown)
         if shown.has_ended:
             choice.finish_reason = "shown"
@@ -497,12 +393,19 @@ class WholeAnswer(Answer):
         self,
         choice: _Choice,
         text: str,
+        parsed: Parsed | None,
         token_ids: Sequence[int],
         logprobs: dict[str, list[Any]] | None,
         *,
         is_first: bool,
     ) -> bytes:
         choice.texts.append(text)
+        if parsed is not None:
+            choice.reasoning.append(parsed.reasoning)
+            for call in parsed.tool_calls:
+                if call.index == len(choice.calls):
+                    choice.calls.append((call.name or "", []))
+                choice.calls[call.index][1].append(call.arguments)
         choice.token_ids += token_ids
         if choice.logprobs is None:
             choice.logprobs = logprobs
@@ -514,7 +417,7 @@ class WholeAnswer(Answer):
     def _content(self, choice: _Choice) -> dict[str, Any]:
         content: dict[str, Any] = {
             "index": choice.index,
-            **self._format.whole_text("".join(choice.texts)),
+            **self._whole(choice),
             "logprobs": choice.logprobs,
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
@@ -524,6 +427,21 @@ class WholeAnswer(Answer):
                 content["prompt_token_ids"] = list(self._prompts[choice.prompt_index].token_ids)
             content["token_ids"] = choice.token_ids
         return content
+
+    def _whole(self, choice: _Choice) -> dict[str, Any]:
+        """Text, reasoning and calls. Content is null where only the others came."""
+        text = "".join(choice.texts)
+        whole = self._format.whole_text(text)
+        if reasoning := "".join(choice.reasoning):
+            whole["message"] |= reasoning_fields(reasoning)
+        if choice.calls:
+            whole["message"]["tool_calls"] = [
+                whole_call(name, "".join(arguments), tool_call_id(self._head["id"], choice.index, i))
+                for i, (name, arguments) in enumerate(choice.calls)
+            ]
+        if not text and (reasoning or choice.calls):
+            whole["message"]["content"] = None
+        return whole
 
 
 def make_answer(
@@ -536,9 +454,10 @@ def make_answer(
     token_texts: TokenTexts,
     system_fingerprint: str | None = None,
     resume_id: bytes | None = None,
+    counts_reasoning: bool = False,
 ) -> Answer:
     """The answer that ``request`` asks for. ``created``: seconds since 1970; ``model``: the name that the client used;
-    ``resume_id``: of a stream that its client may resume."""
+    ``resume_id``: of a stream that its client may resume; ``counts_reasoning``: in the usage."""
     format: Format = ChatFormat() if isinstance(request, ChatCompletionRequest) else CompletionFormat()
     head = {
         "id": format.id_prefix + request_id,
@@ -549,9 +468,9 @@ def make_answer(
     if system_fingerprint is not None:
         head["system_fingerprint"] = system_fingerprint
     if resume_id is not None:
-        return ResumableAnswer(resume_id, format, request, head, prompts, token_texts)
+        return ResumableAnswer(resume_id, format, request, head, prompts, token_texts, counts_reasoning)
     kind = StreamedAnswer if request.stream else WholeAnswer
-    return kind(format, request, head, prompts, token_texts)
+    return kind(format, request, head, prompts, token_texts, counts_reasoning)
 
 
 def tokenize_body(token_ids: Sequence[int], max_model_len: int, token_texts: TokenTexts | None = None) -> bytes:
@@ -565,10 +484,6 @@ def tokenize_body(token_ids: Sequence[int], max_model_len: int, token_texts: Tok
 def detokenize_body(text: str) -> bytes:
     """Answer of /detokenize."""
     return _to_json({"prompt": text})
-
-
-def _finite(logprob: float) -> float:
-    return max(logprob, MIN_LOGPROB)
 
 
 def _event(content: dict[str, Any]) -> bytes:

@@ -1,10 +1,11 @@
 """The ids of a resumable stream's events: what a reader that has this event has seen. Pure.
 
 Once for the request: whether all but [DONE] has been shown. For each choice up to the last that has begun: tokens,
-characters, a checksum of the tokens, and whether its end has been shown. An id is "1" (the version) and base64url of
+characters, tokens of reasoning, a checksum of the tokens, and whether its end has been shown. An id is "1" (the version)
+and base64url of
 
     [ CRC-32 of the rest: 4 ][ resume id: 16 ][ is_over: 1 ][ choice 0 ][ choice 1 ] ...
-    a choice        [ 0 ]  not begun, or  [ 1 + 2 * tokens + has_ended ][ characters ][ checksum: 2 ]
+    a choice        [ 0 ]  not begun, or  [ 1 + 2 * tokens + has_ended ][ characters ][ reasoning ][ checksum: 2 ]
 
 with varints (LEB128) where no length is given. The CRC is there for ids that were cut. Nothing in an id is secret but the
 resume id, which is random: who makes up the rest changes what he himself is shown, since body and key must be the same.
@@ -34,11 +35,13 @@ class ChoiceShown(NamedTuple):
 
     num_tokens: int = 0
     num_chars: int = 0
-    """Of the answer, without an echoed prompt."""
+    """Of the model's own text, before a parser reads it, without an echoed prompt."""
     checksum: int = 0
     """`fold` of the tokens."""
     has_ended: bool = False
     """The finish reason, too."""
+    num_reasoning_tokens: int = 0
+    """Of the tokens, for the usage."""
 
 
 class EventId(NamedTuple):
@@ -61,7 +64,8 @@ def encode_choice(shown: ChoiceShown | None) -> bytes:
     if shown is None:
         return NOT_BEGUN
     head = 1 + 2 * shown.num_tokens + shown.has_ended
-    return _varint(head) + _varint(shown.num_chars) + shown.checksum.to_bytes(2, "little")
+    counts = _varint(head) + _varint(shown.num_chars) + _varint(shown.num_reasoning_tokens)
+    return counts + shown.checksum.to_bytes(2, "little")
 
 
 def join_event_id(resume_id: bytes, choices: Sequence[bytes], is_over: bool) -> bytes:
@@ -102,10 +106,11 @@ def _decode(data: bytes) -> EventId:
             choices.append(None)
             continue
         num_chars, at = _read_varint(data, at)
-        if head > MAX_COUNT or num_chars > MAX_COUNT:
+        num_reasoning_tokens, at = _read_varint(data, at)
+        if max(head, num_chars, num_reasoning_tokens) > MAX_COUNT:
             raise ValueError("nothing is so long")
         checksum = int.from_bytes(data[at : at + 2], "little")
-        choices.append(ChoiceShown((head - 1) // 2, num_chars, checksum, head % 2 == 0))
+        choices.append(ChoiceShown((head - 1) // 2, num_chars, checksum, head % 2 == 0, num_reasoning_tokens))
         at += 2
     return EventId(resume_id, tuple(choices), is_over)
 

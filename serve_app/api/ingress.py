@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import dataclasses
 import logging
 import os
 import time
@@ -77,7 +78,7 @@ class Ingress:
         self.max_body_bytes = config.limits.max_body_bytes
         limits = config.limits
         self.service.limits = RequestLimits(
-            limits.max_prompts, limits.max_n, limits.max_stop, limits.max_bias, max_inputs=limits.max_inputs
+            **{field.name: getattr(limits, field.name) for field in dataclasses.fields(RequestLimits)}
         )
         self.channels.max_behind = limits.max_behind
         self.service.failover.limits = FailoverLimits(**config.failover.model_dump())

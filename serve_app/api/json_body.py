@@ -14,31 +14,34 @@ MAX_DEPTH = 64
 """Objects and lists inside each other. Nothing that a client means needs more, and checks of a body may recurse."""
 
 
-def parse_json(body: bytes) -> dict[str, Any]:
+def parse_json(body: bytes, name: str = "the body") -> dict[str, Any]:
     """The JSON object in a body. Raises InvalidBodyError: not UTF-8, broken, no object, a name given twice in one object,
-    more than MAX_DEPTH deep, NaN or Infinity, thousands of digits, an unpaired surrogate."""
+    more than MAX_DEPTH deep, NaN or Infinity, thousands of digits, an unpaired surrogate.
+
+    ``name``: what messages call it."""
     if not body.strip():
-        raise InvalidBodyError("the body is empty; it must be a JSON object")
+        raise InvalidBodyError(f"{name} is empty; it must be a JSON object")
     try:
         text = body.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InvalidBodyError(
-            f"the body is not valid UTF-8: byte 0x{body[error.start]:02x} at position {error.start}"
+            f"{name} is not valid UTF-8: byte 0x{body[error.start]:02x} at position {error.start}"
         ) from error
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
         raise InvalidBodyError(
-            f"the body is not valid JSON: {error.msg}, line {error.lineno} column {error.colno}"
+            f"{name} is not valid JSON: {error.msg}, line {error.lineno} column {error.colno}"
         ) from error
-    except ValueError as error:  # an integer of thousands of digits, which Python refuses to read
-        raise InvalidBodyError("the body is not valid JSON: a number has too many digits") from error
+    except ValueError as error:  # an integer of thousands of digits, which Python refuses to read; or _refuse_constant
+        reason = str(error) if str(error).endswith("in JSON") else "a number has too many digits"
+        raise InvalidBodyError(f"{name} is not valid JSON: {reason}") from error
     except RecursionError as error:
-        raise InvalidBodyError(f"the body is nested more than {MAX_DEPTH} deep") from error
+        raise InvalidBodyError(f"{name} is nested more than {MAX_DEPTH} deep") from error
     if type(value) is not dict:
-        raise InvalidBodyError(f"the body is {shown(value)}; it must be a JSON object")
+        raise InvalidBodyError(f"{name} is {shown(value)}; it must be a JSON object")
     if body.count(b"[") + body.count(b"{") > MAX_DEPTH:
-        _check_depth(value)
+        _check_depth(value, name)
     if re.search(rb"\\u[dD][89a-fA-F]", body):
         _check_surrogates(value)
     return value
@@ -57,10 +60,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise InvalidBodyError(f"the body is not valid JSON: {name} is no number in JSON")
+    raise ValueError(f"{name} is no number in JSON")
 
 
-def _check_depth(value: Any) -> None:
+def _check_depth(value: Any, name: str) -> None:
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [
@@ -71,7 +74,7 @@ def _check_depth(value: Any) -> None:
         ]
         if not level:
             return
-    raise InvalidBodyError(f"the body is nested more than {MAX_DEPTH} deep")
+    raise InvalidBodyError(f"{name} is nested more than {MAX_DEPTH} deep")
 
 
 def _check_surrogates(value: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, NamedTuple
 
@@ -18,16 +19,25 @@ from serve_app.api.error_response import WrongValueError, shown
 from serve_app.api.messages import ChatInput, Message
 from serve_app.api.request_model import MAX_INT, IgnoredField, RequestLimits, RequestModel, Unimplemented
 from serve_app.api.response_format import Constraint, ResponseFormat, StructuredOutputs
+from serve_app.api.tools import ChosenTool, Tool, allowed_tools, check_choice
 from serve_app.engine.request import MAX_LOGPROBS, MAX_SEED, GenerateRequest, SamplingParams
 from serve_app.errors import InvalidParameterError, InvalidPromptError, UnsupportedParameterError
 from serve_app.text.chat_template import ChatTemplate
+from serve_app.text.grammar import combined
+from serve_app.text.grammar_check import Verdict
+from serve_app.text.output_format import Grammars, OutputFormat
+from serve_app.text.parsed_stream import ParsedStream
 from serve_app.text.text_stream import TextStream
 from serve_app.text.tokenizer import Tokenizer
+from serve_app.text.tool_grammars import CallableTool
 
 MAX_REQUEST_ID_CHARS = 128
 MAX_CACHE_SALT_CHARS = 1024
 COMPLETION_MAX_TOKENS = 16
 """max_tokens of a completion that does not say it: OpenAI's, and everybody's after it."""
+
+PLAIN = OutputFormat()
+"""Of a model whose text is content and nothing else."""
 
 
 class EncodedPrompt(NamedTuple):
@@ -137,19 +147,14 @@ CHAT_UNIMPLEMENTED: Unimplemented = {
     "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "include_reasoning": (True,),
     "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
     "moderation": (),
-    "parallel_tool_calls": (True,),
     "prediction": (),
     "prompt_cache_options": (),
     "prompt_cache_retention": (),
-    "reasoning_effort": (),
     "return_prompt_text": (False,),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
@@ -383,8 +388,10 @@ class GenerationInput(RequestModel):
         sampling: SamplingParams,
         prompt: EncodedPrompt,
         output_token_ids: Sequence[int] = (),
-    ) -> TextStream:
-        """The text of one choice, begun the way this kind of answer begins; see TextStream for ``output_token_ids``."""
+        output_format: OutputFormat = PLAIN,
+    ) -> TextStream | ParsedStream:
+        """The text of one choice, begun the way this kind of answer begins; see TextStream for ``output_token_ids``.
+        ``output_format``: the model's, for answers that are more than text."""
         raise NotImplementedError
 
     def sampling_params(self, default_max_tokens: int | None = None) -> SamplingParams:
@@ -419,6 +426,23 @@ class GenerationInput(RequestModel):
             prompt_logprobs=self.num_prompt_logprobs,
             seed=None if seed is None else seed % (MAX_SEED + 1),
         )
+
+    @property
+    def is_held(self) -> bool:
+        """There are `grammars`."""
+        return self.constraint is not None
+
+    def grammars(self, prompt: EncodedPrompt, output_format: OutputFormat) -> Grammars | None:
+        """What holds the answer to this prompt, if something does: for SamplingParams.grammar, once it is checked.
+
+        Takes time in proportion to schemas. Raises InvalidRequestErrors.
+        """
+        return None if self.grammar is None else Grammars(self.grammar, self.grammar)
+
+    def refusal(self, verdict: Verdict) -> InvalidParameterError:
+        """The error for grammars that the check has found wrong."""
+        assert self.constraint is not None
+        return self.constraint.refusal(verdict)
 
     def generate_requests(
         self, request_id: str, prompt: EncodedPrompt, sampling: SamplingParams, remaining_ms: float | None = None
@@ -536,6 +560,7 @@ class CompletionRequest(GenerationInput):
         sampling: SamplingParams,
         prompt: EncodedPrompt,
         output_token_ids: Sequence[int] = (),
+        output_format: OutputFormat = PLAIN,
     ) -> TextStream:
         """The answer goes on from a prompt of text, and from an echoed one; ids alone are not read as a text."""
         goes_on = prompt.text is not None or self.echo
@@ -557,7 +582,27 @@ class ChatCompletionRequest(GenerationInput, ChatInput):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     """Report the likeliest tokens, too, so many. Only with logprobs."""
 
+    tool_choice: ChosenTool | None = None
+    """Whether the model may call tools (`auto`), must not (`none`: they are not shown to it), or must (`required`, or
+    `{"type": "function", "function": {"name": ...}}`: arguments follow the schema). `allowed_tools`: only some."""
+
+    parallel_tool_calls: bool = True
+    """false: the answer ends with its first call."""
+
+    include_reasoning: bool = True
+    """false: leave reasoning out of the answer. The usage counts it all the same."""
+
     unimplemented: ClassVar[Unimplemented] = CHAT_UNIMPLEMENTED
+    renamed: ClassVar[Mapping[str, str]] = {**RENAMED, "functions": "tools", "function_call": "tool_choice"}
+
+    @property
+    def shown_tools(self) -> list[Tool]:
+        return allowed_tools(self.tools, self.tool_choice)
+
+    @property
+    def must_call(self) -> bool:
+        """A call is forced."""
+        return self.tool_choice is not None and self.tool_choice.mode == "required"
 
     @property
     def num_logprobs(self) -> int | None:
@@ -569,7 +614,8 @@ class ChatCompletionRequest(GenerationInput, ChatInput):
 
     def check(self, limits: RequestLimits) -> None:
         super().check(limits)
-        self._check_chat(self.messages)
+        self._check_chat(self.messages, limits)
+        check_choice(self.tool_choice, self.tools)
         if self.max_tokens == 0:
             raise InvalidParameterError("max_tokens", 0, "at least 1")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
@@ -586,6 +632,68 @@ class ChatCompletionRequest(GenerationInput, ChatInput):
         super()._take_names(data, path)
         cls._take_message_names(data)
 
+    def check_format(self, output_format: OutputFormat) -> None:
+        """Whether the model can do what is asked for. Raises UnsupportedParameterError."""
+        if self.shown_tools and output_format.tools is None:
+            raise UnsupportedParameterError(
+                "tools",
+                "are given; this model's chat template does not show tools to it, or asks for calls in a way that is not"
+                " known here (api.tool_parser). For JSON of a schema there is response_format",
+            )
+
+    @property
+    def is_held(self) -> bool:
+        return self._is_forced or any(tool.function.strict for tool in self.shown_tools)
+
+    @property
+    def _is_forced(self) -> bool:
+        """The model may not write what it likes: calls, or JSON, or the one or the other."""
+        return self.must_call or self.constraint is not None
+
+    def grammars(self, prompt: EncodedPrompt, output_format: OutputFormat) -> Grammars | None:
+        """Forced calls follow the tools' schemas, and so do free ones of strict tools. Where the model may call and must
+        else answer by a schema, it does one or the other. Before all that it may reason."""
+        if not self.is_held:
+            return None
+        place: dict[str, Any] = {"prompt": prompt.text or "", "final_message": self._final_message}
+        calls: dict[str, Any] = {"tools": self._callable_tools(), "parallel": self.parallel_tool_calls, **place}
+        if self.must_call:
+            return output_format.forced_calls(**calls)
+        own = super().grammars(prompt, output_format)
+        if own is None:
+            return output_format.free_calls(**calls)
+        if self.shown_tools:
+            forced = replace(output_format, reasoning=None).forced_calls(**calls)
+            own = Grammars(
+                *(
+                    combined("start: @json | @calls", {"json": one, "calls": other})
+                    for one, other in zip(own, forced, strict=True)
+                )
+            )
+        return output_format.after_reasoning(own, **place)
+
+    def _callable_tools(self) -> list[CallableTool]:
+        return [
+            CallableTool(
+                tool.function.name,
+                tool.function.parameters,
+                strict=tool.function.strict is True,
+                path=f"tools[{self.tools.index(tool)}].function.parameters",
+            )
+            for tool in self.shown_tools
+        ]
+
+    def refusal(self, verdict: Verdict) -> InvalidParameterError:
+        if not self.must_call and not self.shown_tools:
+            return super().refusal(verdict)
+        error = InvalidParameterError("tools", None, "")
+        error.args = (f"the schemas of tools cannot be compiled: {verdict.problem}",)
+        return error
+
+    @property
+    def _final_message(self) -> str | None:
+        return self.messages[-1].content if self.continue_final_message else None
+
     def prompts(self, tokenizer: Tokenizer, template: ChatTemplate | None) -> list[EncodedPrompt]:
         return [_encode_chat(self._render(self.messages, _need(template)), tokenizer, add_special_tokens=False)]
 
@@ -595,10 +703,25 @@ class ChatCompletionRequest(GenerationInput, ChatInput):
         sampling: SamplingParams,
         prompt: EncodedPrompt,
         output_token_ids: Sequence[int] = (),
-    ) -> TextStream:
+        output_format: OutputFormat = PLAIN,
+    ) -> TextStream | ParsedStream:
         """An answer stands alone, except where it goes on with the last message."""
         prompt_token_ids = prompt.token_ids if self.continue_final_message else ()
-        return TextStream(tokenizer, sampling, prompt_token_ids, output_token_ids)
+        parser = output_format.parser(
+            prompt.text or "",
+            tools={tool.function.name: tool.function.parameters for tool in self.shown_tools},
+            is_forced=self._is_forced,
+            final_message=self._final_message,
+            skip_special_tokens=self.skip_special_tokens,
+        )
+        if parser is None:
+            return TextStream(tokenizer, sampling, prompt_token_ids, output_token_ids)
+        text = TextStream(tokenizer, sampling, prompt_token_ids, (), output_format.special_ids)
+        stream = ParsedStream(
+            text, parser, shows_reasoning=self.include_reasoning, ends_after_call=not self.parallel_tool_calls
+        )
+        stream.push(output_token_ids)
+        return stream
 
 
 class TokenizeRequest(ChatInput):
@@ -623,9 +746,9 @@ class TokenizeRequest(ChatInput):
         if (self.prompt is None) == (self.messages is None):
             raise InvalidParameterError("prompt", self.prompt and "text", "given, or else messages, and not both")
         if self.messages is not None:
-            self._check_chat(self.messages)
+            self._check_chat(self.messages, limits)
             return
-        for name in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
+        for name in ChatInput.model_fields:
             if getattr(self, name):
                 raise InvalidParameterError(name, getattr(self, name), "left out where there are no messages")
 

@@ -48,6 +48,12 @@ class RequestLimits:
     max_inputs: int = 2048
     """Inputs of one embedding request."""
 
+    max_tools: int = 128
+    """Tools of a chat."""
+
+    max_tool_bytes: int = 262_144
+    """Of all its tools, as JSON."""
+
 
 @dataclass(frozen=True)
 class IgnoredField:

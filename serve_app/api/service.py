@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 
 from serve_app import hub
 from serve_app.api import resume
-from serve_app.api.answers import Answer, ResumableAnswer, TokenTexts, detokenize_body, make_answer, tokenize_body
+from serve_app.api.answer_formats import TokenTexts
+from serve_app.api.answers import Answer, ResumableAnswer, detokenize_body, make_answer, tokenize_body
 from serve_app.api.embeddings import EmbeddingRequest, check_lengths, embeddings_body, encode_vector
 from serve_app.api.event_id import ChoiceShown
 from serve_app.api.failover import Failover
@@ -45,14 +46,19 @@ from serve_app.errors import (
     RaggedServeError,
     UnknownModelError,
 )
+from serve_app.logs import get_logger
 from serve_app.replica.channel import Channels
 from serve_app.replica.kept import Keep, Origin
 from serve_app.routing.router import RouterState
 from serve_app.text.chat_template import ChatTemplate
-from serve_app.text.pooling_config import PoolingConfig, load_pooling_config
 from serve_app.text.grammar_check import GrammarCheck
+from serve_app.text.output_format import OutputFormat
+from serve_app.text.parsed_stream import ParsedStream
+from serve_app.text.pooling_config import PoolingConfig, load_pooling_config
 from serve_app.text.text_stream import TextStream
 from serve_app.text.tokenizer import Tokenizer
+
+logger = get_logger(__name__)
 
 LONG_TEXT = 16_384
 """Characters beyond which a text is tokenized off the event loop: some 4 ms."""
@@ -63,6 +69,8 @@ LONG_BODY = 16_384
 
 T = TypeVar("T")
 GenerationRequest = CompletionRequest | ChatCompletionRequest
+Texts = dict[tuple[int, int], TextStream | ParsedStream]
+"""By prompt and choice."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +84,8 @@ class ServedModel:
     default_chat_max_tokens: int
     created: int
     """Seconds since 1970, for /v1/models."""
+    output_format: OutputFormat = dataclasses.field(default_factory=OutputFormat)
+    """How it writes tool calls and reasoning."""
     pooling: PoolingConfig = dataclasses.field(default_factory=PoolingConfig)
     """For /v1/embeddings."""
 
@@ -88,12 +98,19 @@ def load_served_model(args: ServeArgs) -> ServedModel:
     tokenizer = Tokenizer.from_directory(directory)
     text = args.api.chat_template_text()
     source = text if text is not None else tokenizer.chat_templates
+    output_format = OutputFormat.of(tokenizer, args.api.tool_parser, args.api.reasoning_parser, text)
+    logger.info(
+        "tool calls are read as %s, reasoning as %s (api.tool_parser, api.reasoning_parser)",
+        output_format.tools.name if output_format.tools is not None else "none",
+        output_format.reasoning.name if output_format.reasoning is not None else "none",
+    )
     return ServedModel(
         names=model.names,
         tokenizer=tokenizer,
         chat_template=ChatTemplate(source, tokenizer.special_tokens) if source else None,
         default_chat_max_tokens=args.api.default_chat_max_tokens,
         created=int(time.time()),
+        output_format=output_format,
         pooling=_load_pooling_config(args, directory),
     )
 
@@ -151,24 +168,27 @@ class Service:
         request_id: str,
         remaining_ms: float | None = None,
         resumable: Resumable | None = None,
+        make: Callable[..., Answer] = make_answer,
     ) -> Generation:
         """Everything up to the first lease. ``remaining_ms``: until nobody wants the answer; None: no such time.
-        ``resumable``: its client may resume it, or does so now.
+        ``resumable``: its client may resume it, or does so now. ``make``: takes what `make_answer` does.
 
         Raises InvalidRequestErrors, and EngineUnavailableError without a replica.
         """
         name = self._name_of(request.model)
         state = self.state()
-        template = self.model.chat_template
+        template, output_format = self.model.chat_template, self.model.output_format
+        if isinstance(request, ChatCompletionRequest):
+            request.check_format(output_format)
         prompts = await self._off_loop(_num_chars(request), lambda: request.prompts(self.model.tokenizer, template))
-        await self._check_grammar(request)
-        sampling = [self._sampling(request, prompt, state) for prompt in prompts]
+        grammar = await self._grammar(request, prompts[0])
+        sampling = [self._sampling(request, prompt, state, grammar) for prompt in prompts]
         created, keep, begun = int(time.time()), None, None
         if resumable is not None:
             keep, begun = await self._resume(resumable, request, Origin.of(request_id, created, sampling))
             request_id, created = keep.origin.request_id, keep.origin.created
             sampling = keep.origin.applied_to(sampling)
-        answer = make_answer(
+        answer = make(
             request,
             request_id=request_id,
             created=created,
@@ -177,9 +197,10 @@ class Service:
             token_texts=self.token_texts,
             system_fingerprint=",".join(state.fingerprints) or None,
             resume_id=None if keep is None else keep.resume_id,
+            counts_reasoning=output_format.reasoning is not None,
         )
         streams = []
-        texts: dict[tuple[int, int], TextStream] = {}
+        texts: Texts = {}
         for i, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
             # Clients choose request ids, and may choose one twice: an engine must never see that.
             own_id = f"{request_id}~{uuid.uuid4().hex[:8]}"
@@ -196,7 +217,9 @@ class Service:
                 )
             )
             for choice_index in range(request.n):
-                texts[i, choice_index] = request.text_stream(self.model.tokenizer, params, prompt)
+                texts[i, choice_index] = request.text_stream(
+                    self.model.tokenizer, params, prompt, output_format=output_format
+                )
         if isinstance(answer, ResumableAnswer) and resumable is not None and resumable.event_id is not None:
             for i, place in enumerate(begun or ()):
                 answer.resume_prompt(i, place.num_cached_tokens)
@@ -341,15 +364,24 @@ class Service:
             raise UnknownModelError(name, self.model.names)
         return name
 
-    async def _check_grammar(self, request: GenerationRequest) -> None:
-        """Raises InvalidParameterError with the place in the schema, OverloadedError where too many wait."""
-        if request.constraint is None or request.grammar is None:
-            return
-        verdict = await self.grammars.check(request.grammar)
-        if verdict.problem is not None:
-            raise request.constraint.refusal(verdict)
+    async def _grammar(self, request: GenerationRequest, prompt: EncodedPrompt) -> str | None:
+        """What holds the answer, checked. All prompts of a request have the same.
 
-    def _sampling(self, request: GenerationRequest, prompt: EncodedPrompt, state: RouterState) -> SamplingParams:
+        Raises InvalidParameterError with the place in the schema, OverloadedError where too many wait.
+        """
+        if not request.is_held:
+            return None
+        grammars = await asyncio.to_thread(request.grammars, prompt, self.model.output_format)
+        if grammars is None:
+            return None
+        verdict = await self.grammars.check(grammars.checked)
+        if verdict.problem is not None:
+            raise request.refusal(verdict)
+        return grammars.text
+
+    def _sampling(
+        self, request: GenerationRequest, prompt: EncodedPrompt, state: RouterState, grammar: str | None
+    ) -> SamplingParams:
         num_prompt, longest = len(prompt.token_ids), state.max_model_len
         if num_prompt >= longest:
             raise ContextLengthError(
@@ -365,7 +397,8 @@ class Service:
         max_tokens = sampling.max_tokens
         assert max_tokens is not None
         seed = self._seeds.getrandbits(64) if sampling.seed is None else sampling.seed
-        sampling = dataclasses.replace(sampling, max_tokens=min(max_tokens, longest - num_prompt), seed=seed)
+        max_tokens = min(max_tokens, longest - num_prompt)
+        sampling = dataclasses.replace(sampling, max_tokens=max_tokens, seed=seed, grammar=grammar)
         return sampling.resolved(self.model.tokenizer.generation_config)
 
     async def _resume(
@@ -393,13 +426,13 @@ class Service:
             with_prompt_logprobs=request.num_prompt_logprobs is not None,
         )
 
-    async def _read_on(self, text: TextStream, token_ids: Sequence[int], shown: ChoiceShown) -> None:
+    async def _read_on(self, text: TextStream | ParsedStream, token_ids: Sequence[int], shown: ChoiceShown) -> None:
         """Brings ``text`` to where the reader is. Raises InvalidEventIdError if the id says otherwise."""
         delta = await self._off_loop(4 * len(token_ids), lambda: text.push(token_ids))
-        if len(delta.text) != shown.num_chars or delta.finish_reason is not None:
+        if delta.num_chars != shown.num_chars or delta.finish_reason is not None:
             raise InvalidEventIdError(
                 f"says that {shown.num_chars} characters were shown of {shown.num_tokens} tokens; those have"
-                f" {len(delta.text)}"
+                f" {delta.num_chars}"
             )
 
     async def _off_loop(self, num_chars: int, make: Callable[[], T]) -> T:
@@ -414,7 +447,7 @@ class Generation:
         service: Service,
         answer: Answer,
         streams: Sequence[GenerationStream],
-        texts: dict[tuple[int, int], TextStream],
+        texts: Texts,
     ) -> None:
         self.answer = answer
         self.streams = streams

@@ -11,8 +11,26 @@ from typing import NamedTuple
 
 from serve_app.engine.request import FinishReason, SamplingParams
 from serve_app.text.detokenizer import make_detokenizer
+from serve_app.text.output_parser import ToolCallDelta
 from serve_app.text.stop_strings import StopStrings
 from serve_app.text.tokenizer import Tokenizer
+
+
+class Parsed(NamedTuple):
+    """What a parser made of the text beside content. See `serve_app.text.parsed_stream`."""
+
+    reasoning: str = ""
+
+    tool_calls: tuple[ToolCallDelta, ...] = ()
+
+    num_chars: int = 0
+    """Of the text that the parser took."""
+
+    num_reasoning_tokens: int = 0
+    """Of the choice, up to here."""
+
+    has_called: bool = False
+    """The choice has begun a call, here or before."""
 
 
 class TextDelta(NamedTuple):
@@ -30,6 +48,14 @@ class TextDelta(NamedTuple):
 
     stop_string: str | None = None
     """The stop string that ended it, if one did."""
+
+    parsed: Parsed | None = None
+    """What a parser made of the text, where that is not ``text`` alone."""
+
+    @property
+    def num_chars(self) -> int:
+        """New characters of the model's own text, with what stands around calls and reasoning."""
+        return len(self.text) if self.parsed is None else self.parsed.num_chars
 
 
 class TextStream:

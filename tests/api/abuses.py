@@ -94,6 +94,31 @@ def _chain(length: int) -> dict[str, Any]:
     return {"$defs": {**links, f"a{length}": {"type": "null"}}, "$ref": "#/$defs/a0"}
 
 
+def _bad_tools(
+    name: str, tools: Any, param: str, code: str = "invalid_parameter", level: Any = "protocol", **fields: Any
+) -> Abuse:
+    return Abuse(f"tools: {name}", CHAT, lambda: chat(tools=tools, **fields), 400, code, param, level)
+
+
+def tool(name: str = "f", **function: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, **function}}
+
+
+def _bad_call(name: str, call: Any, param: str, code: str = "invalid_parameter", role: str = "assistant") -> Abuse:
+    body = json.dumps({"messages": [*MESSAGES, {"role": role, "content": "a", "tool_calls": [call]}]}).encode()
+    return _bad_chat(f"tool_calls: {name}", body, f"messages[1].tool_calls{param}", code)
+
+
+def call(arguments: Any = "{}", **fields: Any) -> dict[str, Any]:
+    return {"id": "a", "type": "function", "function": {"name": "f", "arguments": arguments}, **fields}
+
+
+def _conversation(*messages: dict[str, Any]) -> bytes:
+    return json.dumps({"messages": [*MESSAGES, *messages]}).encode()
+
+
+DEEP = "[" * 500 + "]" * 500
+
 ABUSES: tuple[Abuse, ...] = (
     # ---- what is no JSON object
     _bad_body("empty body", b""),
@@ -135,10 +160,90 @@ ABUSES: tuple[Abuse, ...] = (
     _bad("guided decoding", {"guided_regex": "a*"}, "guided_regex", "unsupported_parameter"),
     _bad("store", {"store": True}, "store", "unsupported_parameter"),
     _bad("service_tier", {"service_tier": "flex"}, "service_tier", "unsupported_parameter"),
-    _bad_chat("tools", chat(tools=[{"type": "function"}]), "tools", "unsupported_parameter"),
     _bad_chat("audio", chat(modalities=["text", "audio"]), "modalities", "unsupported_parameter"),
-    _bad_chat("reasoning_effort", chat(reasoning_effort="high"), "reasoning_effort", "unsupported_parameter"),
+    _bad_chat("functions", chat(functions=[{"name": "f", "parameters": {}}]), "functions", "unsupported_parameter"),
+    _bad_chat("function_call", chat(function_call={"name": "f"}), "function_call", "unsupported_parameter"),
     _bad_chat("a template of the client", chat(chat_template="{{ 1 }}"), "chat_template", "unsupported_parameter"),
+    # ---- tools
+    _bad_tools("no list", {"f": {}}, "tools"),
+    _bad_tools("200 of them", [tool(f"f{i}") for i in range(200)], "tools"),
+    _bad_tools("half a megabyte", [tool(description="x" * 500_000)], "tools"),
+    _bad_tools("a string", ["f"], "tools[0]"),
+    _bad_tools("without a function", [{"type": "function"}], "tools[0].function", "missing_parameter"),
+    _bad_tools("without a name", [{"type": "function", "function": {}}], "tools[0].function.name", "missing_parameter"),
+    _bad_tools("another type", [{**tool(), "type": "custom"}], "tools[0].type"),
+    _bad_tools("a name with a blank", [tool("get weather")], "tools[0].function.name"),
+    _bad_tools("a long name", [tool("f" * 65)], "tools[0].function.name"),
+    _bad_tools("a name given twice", [tool(), tool("g"), tool()], "tools[2].function.name"),
+    _bad_tools("an unknown name", [tool(), tool("g", returns={})], "tools[1].function.returns", "unknown_parameter"),
+    _bad_tools("a name of responses", [{**tool(), "name": "f"}], "tools[0].name", "unknown_parameter"),
+    _bad_tools("a description that is none", [tool(description=["a"])], "tools[0].function.description"),
+    _bad_tools("a schema that is a string", [tool(parameters="{}")], "tools[0].function.parameters"),
+    _bad_tools("a schema of a list", [tool(parameters={"type": "array"})], "tools[0].function.parameters.type"),
+    _bad_tools(
+        "properties in a list", [tool(parameters={"properties": ["a"]})], "tools[0].function.parameters.properties"
+    ),
+    _bad_tools(
+        "a property without a schema",
+        [tool(parameters={"properties": {"a": "string"}})],
+        "tools[0].function.parameters.properties.a",
+    ),
+    _bad_tools("required is true", [tool(parameters={"required": True})], "tools[0].function.parameters.required"),
+    _bad_tools("strict is a string", [tool(strict="yes")], "tools[0].function.strict"),
+    _bad_tools("an unknown choice", [tool()], "tool_choice", tool_choice="any"),
+    _bad_tools("a chosen name alone", [tool()], "tool_choice.type", tool_choice={"name": "f"}),
+    _bad_tools("a chosen tool without a name", [tool()], "tool_choice.function", tool_choice={"type": "function"}),
+    _bad_tools("a chosen tool that is not there", [tool()], "tool_choice", tool_choice=tool("g")),
+    _bad_tools("a choice with a schema", [tool()], "tool_choice", tool_choice=tool(parameters={})),
+    _bad_tools("a choice of nothing", [], "tool_choice", tool_choice="required"),
+    _bad_tools(
+        "allowed tools without any",
+        [tool()],
+        "tool_choice.allowed_tools.tools",
+        tool_choice={"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}},
+    ),
+    _bad_tools(
+        "an unknown mode",
+        [tool()],
+        "tool_choice.allowed_tools.mode",
+        tool_choice={"type": "allowed_tools", "allowed_tools": {"mode": "any", "tools": [tool()]}},
+    ),
+    _bad_tools("parallel is a number", [tool()], "parallel_tool_calls", parallel_tool_calls=2),
+    _bad_chat("an unknown effort", chat(reasoning_effort="enormous"), "reasoning_effort"),
+    _bad_call("no object", "f", "[0]"),
+    _bad_call("an empty one", {}, "[0].id", "missing_parameter"),
+    _bad_call("of the user", call(), "", role="user"),
+    _bad_call("an empty id", call(id=""), "[0].id"),
+    _bad_call("broken arguments", call('{"a": 1'), "[0].function.arguments"),
+    _bad_call("arguments in a list", call("[1]"), "[0].function.arguments"),
+    _bad_call("arguments that are NaN", call('{"a": NaN}'), "[0].function.arguments"),
+    _bad_call("arguments as an object", call({"a": 1}), "[0].function.arguments"),
+    _bad_call("deep arguments", call('{"a": ' + DEEP + "}"), "[0].function.arguments"),
+    _bad_call("an unknown name", call(result=5), "[0].result", "unknown_parameter"),
+    _bad_chat(
+        "a result without a call",
+        _conversation({"role": "tool", "content": "5", "tool_call_id": "a"}),
+        "messages[1].tool_call_id",
+    ),
+    _bad_chat(
+        "a result of another call",
+        _conversation(
+            {"role": "assistant", "tool_calls": [call()]}, {"role": "tool", "content": "5", "tool_call_id": "b"}
+        ),
+        "messages[2].tool_call_id",
+    ),
+    _bad_chat(
+        "a result that names no call",
+        _conversation({"role": "assistant", "tool_calls": [call()]}, {"role": "tool", "content": "5"}),
+        "messages[2].tool_call_id",
+    ),
+    _bad_chat(
+        "a result before its call",
+        _conversation(
+            {"role": "tool", "content": "5", "tool_call_id": "a"}, {"role": "assistant", "tool_calls": [call()]}
+        ),
+        "messages[1].tool_call_id",
+    ),
     # ---- structured output
     _bad_format("response_format is a string", "json", "response_format"),
     _bad_format("response_format is empty", {}, "response_format.type"),
@@ -305,9 +410,6 @@ ABUSES: tuple[Abuse, ...] = (
         message(role="user", content="a", mood="bad"),
         "messages[0].mood",
         "unknown_parameter",
-    ),
-    _bad_chat(
-        "tool calls", message(role="assistant", tool_calls=[{}]), "messages[0].tool_calls", "unsupported_parameter"
     ),
     _bad_chat("top_logprobs alone", chat(top_logprobs=3), "top_logprobs"),
     _bad_chat("logprobs is a number", chat(logprobs=3), "logprobs"),

@@ -11,7 +11,7 @@ from serve_app.api.event_id import ChoiceShown, EventId, decode_event_id, encode
 from serve_app.errors import InvalidEventIdError
 
 counts = st.integers(0, 300) | st.integers(0, 2**31)
-choices = st.none() | st.builds(ChoiceShown, counts, counts, st.integers(0, 0xFFFF), st.booleans())
+choices = st.none() | st.builds(ChoiceShown, counts, counts, st.integers(0, 0xFFFF), st.booleans(), counts)
 event_ids = st.builds(
     EventId, st.binary(min_size=16, max_size=16), st.lists(choices, max_size=128).map(tuple), st.booleans()
 )
