@@ -10,7 +10,8 @@ import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from serve_app.api.answers import DONE, Answer, TokenTexts, detokenize_body, make_answer, tokenize_body
+from serve_app.api.answer_formats import TokenTexts
+from serve_app.api.answers import DONE, Answer, detokenize_body, make_answer, tokenize_body
 from serve_app.api.protocol import ChatCompletionRequest, CompletionRequest, EncodedPrompt
 from serve_app.engine.request import FinishReason, TokenLogprobs, TokenOutput
 from serve_app.text.text_stream import TextDelta

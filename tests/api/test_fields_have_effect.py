@@ -13,12 +13,17 @@ from typing import Any
 
 import pytest
 
-from serve_app.api.answers import TokenTexts, make_answer
+from serve_app.api.answer_formats import TokenTexts
+from serve_app.api.answers import make_answer
 from serve_app.api.protocol import ChatCompletionRequest, CompletionRequest, EncodedPrompt
 from serve_app.engine.request import SamplingParams
 from serve_app.llm import LLM
 from serve_app.text.chat_template import ChatTemplate
+from serve_app.text.output_format import OutputFormat
+from serve_app.text.parsed_stream import ParsedStream
+from serve_app.text.reasoning_formats import REASONING_FORMATS
 from serve_app.text.text_stream import TextStream
+from serve_app.text.tool_formats import TOOL_FORMATS
 from tests.api.abuses import MESSAGES
 from tests.text.tokenizers_made import write_directory
 from tests.tiny_models import make_tiny_model
@@ -35,8 +40,15 @@ BASE: dict[type[Request], Fields] = {
 SHARED: Fields = {"max_tokens": 12, "temperature": 0, "seed": 3, "ignore_eos": True}
 TEMPLATE = ChatTemplate(
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}.{% endfor %}{{ mood }}"
-    "{% if add_generation_prompt %}[assistant]{% endif %}"
+    "{% if tools %}{{ tools | tojson }}{% endif %}{{ reasoning_effort }}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}{{ ending }}"
 )
+FORMAT = OutputFormat(
+    next(format for format in TOOL_FORMATS if format.name == "hermes"),
+    next(format for format in REASONING_FORMATS if format.name == "think"),
+)
+NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
+TOOLS: Fields = {"tools": [{"type": "function", "function": {"name": "f", "parameters": NO_ARGUMENTS}}]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +125,14 @@ EFFECTS: dict[type[Request], dict[str, Change]] = {
         "add_generation_prompt": given({"add_generation_prompt": False}),
         "continue_final_message": given({"continue_final_message": True}),
         "chat_template_kwargs": given({"chat_template_kwargs": {"mood": "[glad]"}}),
+        "tools": given(TOOLS),
+        "tool_choice": given({"tool_choice": "required"}, TOOLS),
+        "parallel_tool_calls": given(
+            {"parallel_tool_calls": False},
+            {**TOOLS, "tool_choice": "required", "max_tokens": 120, "chat_template_kwargs": {"ending": "</think>"}},
+        ),
+        "reasoning_effort": given({"reasoning_effort": "low"}),
+        "include_reasoning": given({"include_reasoning": False}, {"chat_template_kwargs": {"ending": "<think>"}}),
     },
 }
 ELSEWHERE = {
@@ -160,17 +180,21 @@ class Running:
             model=request.model or "tiny",
             prompts=self.prompts,
             token_texts=TokenTexts(tokenizer),
+            counts_reasoning=True,
         )
         params = request.sampling_params(64).resolved(llm.generation_config)
-        params = dataclasses.replace(params, seed=params.seed or 0)
+        grammars = request.grammars(self.prompts[0], FORMAT)
+        params = dataclasses.replace(params, seed=params.seed or 0, grammar=None if grammars is None else grammars.text)
         self.sampling: SamplingParams = params
-        self.texts: dict[tuple[str, int], TextStream] = {}
+        self.texts: dict[tuple[str, int], TextStream | ParsedStream] = {}
         self.data = b""
         for p, prompt in enumerate(self.prompts):
             group = request.generate_requests(f"{self.request_id}-{p}", prompt, params)
             llm.engine.add(group)
             for one in group:
-                self.texts[one.request_id, one.choice_index] = request.text_stream(tokenizer, params, prompt)
+                self.texts[one.request_id, one.choice_index] = request.text_stream(
+                    tokenizer, params, prompt, output_format=FORMAT
+                )
 
     def take(self, output: Any) -> None:
         text = self.texts.get((output.request_id, output.choice_index))
