@@ -35,7 +35,8 @@ SYSTEMS = (*OURS, "transformers", "transformers-cb", "vllm")
 
 Spec = dict[str, Any]
 """system, dtype, model (directory), requests and warmup (RequestSet JSON), threads, budget (tokens of a step), rows
-(requests at a time), kv_bytes; deterministic (ours), vllm_python, vllm_defaults, cache (directory for compiled code)."""
+(requests at a time), kv_bytes; deterministic, implementation (ours), vllm_python, vllm_defaults, cache (directory for
+compiled code)."""
 Answer = dict[str, Any]
 
 
@@ -187,7 +188,13 @@ class OurEngine:
             num_threads=spec["threads"],
             deterministic=spec["deterministic"],
         )
-        self.runner = ModelRunner(spec["model"], config, dtype=spec["dtype"], device="cpu")
+        self.runner = ModelRunner(
+            spec["model"],
+            config,
+            dtype=spec["dtype"],
+            device="cpu",
+            implementation=spec.get("implementation", "auto"),
+        )
         self.engine = policy_engine(spec["system"], config, self.runner, max_num_rows=spec["rows"])
         self._num_runs = 0
 
@@ -455,7 +462,8 @@ class TransformersContinuous:
         self.model = _transformers_model(spec, "sdpa")
         config = self.model.config
         page = 256
-        token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
         block_bytes = page * token_bytes * self.model.dtype.itemsize
         requests = RequestSet.from_json(spec["requests"]).requests
         # Its masks grow with the cache, so it gets no more than all places can fill.

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from serve_app.errors import UnsupportedModelError
-from serve_app.models.transformers_parts import EXPERTS, register_experts
+from serve_app.models.transformers_parts import EXPERTS, fill_buffers, is_rotary, register_experts
 
 SURVEY = "ragged_serve_survey"
 """Our attention and mask functions of the dry run, in transformers' tables."""
@@ -272,6 +272,10 @@ def take_survey(name: str, hf_config: Any) -> Survey:
     parameters = inspect.signature(model.forward).parameters
     if "position_ids" not in parameters:
         raise refusal(name, "its forward takes no position_ids")
+    for module in list(model.modules()):
+        if is_rotary(module):
+            fill_buffers(model, module)
+            module.forward = _without_meta(module.forward)
     entered: list[str] = []
     hooks = [
         module.register_forward_pre_hook(lambda _module, _args, path=path: entered.append(path))
@@ -374,6 +378,16 @@ def window_of(sees: Callable[[int, int], bool]) -> int:
                     f"has a mask that is no sliding window (whether position {i} sees {j} does not fit)"
                 )
     return window
+
+
+def _without_meta(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of a rotary embedding, computed on the CPU: some look at their positions to choose frequencies."""
+
+    def run(x: torch.Tensor, position_ids: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        found = forward(x.new_empty(1, device="cpu"), torch.arange(position_ids.shape[-1])[None], *rest, **named)
+        return tuple(part.to("meta") for part in found) if isinstance(found, tuple) else found.to("meta")
+
+    return run
 
 
 def _record(

@@ -237,11 +237,7 @@ def _dummy(config: TransformersConfig, directory: Path, dtype: torch.dtype, seed
     model = build_on_meta(config.architecture, hf_config, SERVED, dtype)
     source = DummyWeights(seed)
     for module in model.modules():
-        for name, buffer in list(module._buffers.items()):
-            if buffer is not None:
-                module._buffers[name] = torch.zeros_like(buffer, device="cpu")
-        if any(True for _ in module.buffers(recurse=False)):
-            model._init_weights(module)  # what follows from the config; its parameters are on the meta device still
+        parts.fill_buffers(model, module)
     for name, parameter in model.named_parameters():
         module, _, own = name.rpartition(".")
         value = source.take(name, parameter.shape, parameter.dtype)

@@ -248,16 +248,31 @@ def put_in(model: nn.Module, ops: Ops, device: torch.device, max_len: int) -> li
             linears += module.ragged_experts.linears
     model.to(device)
     for path, module in list(model.named_modules()):
-        name = type(module).__name__
-        if name.endswith("RotaryEmbedding") and "position_ids" in inspect.signature(module.forward).parameters:
+        if is_rotary(module):
             model.set_submodule(path, RotaryTable(module, max_len))
         elif _is_activation(module) and device.type == "cpu":
             model.set_submodule(path, RowActivation(module))
-        elif "Norm" in name and (norm := RowNorm.like(module, ops)) is not None:
+        elif "Norm" in type(module).__name__ and (norm := RowNorm.like(module, ops)) is not None:
             model.set_submodule(path, norm)
         elif not isinstance(module, nn.Embedding):
             linears += _bare_weights(module, ops)
     return linears
+
+
+def is_rotary(module: nn.Module) -> bool:
+    name = type(module).__name__
+    return name.endswith("RotaryEmbedding") and "position_ids" in inspect.signature(module.forward).parameters
+
+
+def fill_buffers(model: Any, module: nn.Module) -> None:
+    """Puts a module's buffers on the CPU, with what follows from the config; they may be on the meta device.
+
+    Where its parameters are is left alone: on the meta device they have nothing to set.
+    """
+    buffers = {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
+    if buffers:
+        module._buffers.update({name: torch.zeros_like(buffer, device="cpu") for name, buffer in buffers.items()})
+        model._init_weights(module)
 
 
 def _is_linear(module: nn.Module) -> bool:
