@@ -144,3 +144,13 @@ def test_markers_are_dropped_however_the_content_comes(text: str, content: str) 
             assert parse(WithoutMarkers(PlainParser(), ("[B]", "<x>")), *pieces) == OutputDelta(content)
             thinking = WithoutMarkers(ReasoningParser("<s>", "<e>", is_open=True), ("[B]", "<x>"))
             assert parse(thinking, *pieces, "<e>!") == OutputDelta("!", content)
+
+
+def test_reasoning_is_given_out_to_its_end_before_content_is() -> None:
+    parser = WithoutMarkers(ReasoningParser("<s>", "<e>", is_open=True), ("[B]",))
+    assert [parser.push(text) for text in ("why [", "B", "<e>so [B")] == [
+        OutputDelta(reasoning="why "),
+        OutputDelta(),
+        OutputDelta("so ", "[B"),
+    ]
+    assert parser.finish() == OutputDelta("[B")
