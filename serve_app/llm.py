@@ -112,6 +112,7 @@ class LLM:
             load_format=load_format,
             revision=revision,
             implementation=implementation,
+            tokenizer=tokenizer,
         )
         self.engine = Engine(self.config, self.runner)
         directory = self.runner.directory if tokenizer is None else Path(tokenizer)
