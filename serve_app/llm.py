@@ -254,7 +254,9 @@ class LLM:
     ) -> None:
         """``answering``: one for each request, in their order."""
         requests = [request for group in groups for request in group]
-        answers = {(r.request_id, r.choice_index): a for r, a in zip(requests, answering, strict=True)}
+        answers: dict[tuple[str, int], _Answer | _Vector] = {
+            (r.request_id, r.choice_index): a for r, a in zip(requests, answering, strict=True)
+        }
         hidden = not (sys.stderr.isatty() if use_tqdm is None else use_tqdm)
         with tqdm(total=len(answers), desc=what, unit="seq", disable=hidden) as bar:
             try:

@@ -169,6 +169,8 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("api/event_id.py", SERVICE),
     ("api/answer_formats.py", SERVICE),
     ("api/answers.py", SERVICE),
+    ("api/responses_protocol.py", SERVICE),
+    ("api/responses.py", SERVICE),
     ("api/reference.py", SERVICE),
     ("routing/router.py", SERVICE),
     ("routing/router_client.py", SERVICE),

@@ -27,9 +27,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app.api.answers import StreamedAnswer
 from serve_app.api.embeddings import EmbeddingRequest
-from serve_app.api.error_response import error_event, error_response
+from serve_app.api.error_response import error_response
 from serve_app.api.protocol import (
     EVENT_ID_HEADER,
     MAX_REQUEST_ID_CHARS,
@@ -41,9 +40,17 @@ from serve_app.api.protocol import (
     TokenizeRequest,
     timeout_ms,
 )
+from serve_app.api.responses import answer_maker
+from serve_app.api.responses_protocol import ResponsesRequest
 from serve_app.api.resume import resumable_of
 from serve_app.api.service import Generation, GenerationRequest, Service
-from serve_app.errors import BodyTooLargeError, InvalidApiKeyError, RaggedServeError
+from serve_app.errors import (
+    BodyTooLargeError,
+    InvalidApiKeyError,
+    InvalidParameterError,
+    InvalidRequestError,
+    RaggedServeError,
+)
 from serve_app.logs import get_logger
 
 logger = get_logger(__name__)
@@ -253,7 +260,9 @@ class EventStream(Response):
                 if not isinstance(error, RaggedServeError):
                     logger.exception("%s: the stream failed", self._request_id)
                 if not has_ended:
-                    await send_body({"type": "http.response.body", "body": error_event(error), "more_body": False})
+                    await send_body(
+                        {"type": "http.response.body", "body": generation.answer.error_event(error), "more_body": False}
+                    )
 
 
 async def until_disconnect(receive: Receive, work: Any) -> Any:
@@ -300,6 +309,28 @@ async def _generate(face: Face, request: Request, kind: type[GenerationRequest])
     return answer
 
 
+async def _respond(face: Face, request: Request) -> Response:
+    received_at = asyncio.get_running_loop().time()
+    remaining_ms = timeout_ms(request.headers.get(TIMEOUT_HEADER))
+    for name in (RESUMABLE_HEADER, EVENT_ID_HEADER):
+        if request.headers.get(name, "0").strip().lower() not in ("0", "false", ""):
+            raise InvalidParameterError(name, request.headers[name], "left out: no stream of this route is kept")
+    asked = await face.service.parse(ResponsesRequest, await read_body(request, face.max_body_bytes))
+    request_id = asked.request_id or request.state.request_id
+    if remaining_ms is not None:
+        remaining_ms -= (asyncio.get_running_loop().time() - received_at) * 1000.0
+    try:
+        generation = await face.service.start(asked.chat, request_id, remaining_ms, make=answer_maker(asked))
+    except InvalidRequestError as error:
+        raise asked.translated(error) from error
+    answer = await until_disconnect(request.receive, _begin(generation, request_id))
+    if answer is None:
+        return Response(status_code=499)  # nobody reads it
+    if asked.request_id is not None:
+        answer.headers["x-request-id"] = asked.request_id
+    return answer
+
+
 async def _embed(face: Face, request: Request) -> Response:
     received_at = asyncio.get_running_loop().time()
     remaining_ms = timeout_ms(request.headers.get(TIMEOUT_HEADER))
@@ -317,7 +348,7 @@ async def _embed(face: Face, request: Request) -> Response:
 async def _begin(generation: Generation, request_id: str) -> Response:
     chunks = generation.chunks()
     try:
-        if isinstance(generation.answer, StreamedAnswer):
+        if generation.answer.media_type == "text/event-stream":
             return EventStream(generation, await anext(chunks), chunks, request_id)
         async with contextlib.aclosing(chunks):
             return Response(b"".join([data async for data in chunks]), media_type="application/json")
@@ -373,6 +404,10 @@ def _add_routes(app: FastAPI, face: Face) -> None:
     @post("/v1/chat/completions", ChatCompletionRequest, "OpenAI", "Answer a conversation")
     async def chat_completions(request: Request) -> Response:
         return await _generate(face, request, ChatCompletionRequest)
+
+    @post("/v1/responses", ResponsesRequest, "OpenAI", "Answer items with items")
+    async def responses(request: Request) -> Response:
+        return await _respond(face, request)
 
     @post("/v1/embeddings", EmbeddingRequest, "OpenAI", "Turn texts into vectors")
     async def embeddings(request: Request) -> Response:

@@ -18,6 +18,7 @@ from serve_app.api.protocol import (
     TokenizeRequest,
 )
 from serve_app.api.request_model import RequestModel
+from serve_app.api.responses_protocol import ReasoningOptions, ResponsesRequest, TextOptions
 
 HEAD = """# The HTTP API
 
@@ -42,6 +43,12 @@ def reference() -> str:
     ):
         parts.append(f"## {title}\n\n" + _fields(model, without=shared))
     parts.append("A message:\n\n" + _fields(Message))
+    parts.append(
+        "## `POST /v1/responses`\n\nNothing is stored: what refers to an earlier response is refused by name.\n"
+    )
+    parts.append(_fields(ResponsesRequest))
+    parts.append("`text`:\n\n" + _fields(TextOptions))
+    parts.append("`reasoning`:\n\n" + _fields(ReasoningOptions))
     parts.append("## `POST /v1/embeddings`\n\n" + _fields(EmbeddingRequest))
     parts.append("## `POST /tokenize`\n\n" + _fields(TokenizeRequest))
     parts.append("## `POST /detokenize`\n\n" + _fields(DetokenizeRequest))
@@ -55,6 +62,7 @@ def reference() -> str:
         ("completions", CompletionRequest),
         ("chats", ChatCompletionRequest),
         ("messages", Message),
+        ("responses", ResponsesRequest),
         ("embeddings", EmbeddingRequest),
     )
     for title, place in places:
