@@ -154,6 +154,10 @@ class ModelArgs(Options):
     load_format: Literal["auto", "dummy"] = "auto"
     """dummy: random weights from config.json alone."""
 
+    implementation: Literal["auto", "transformers"] = "auto"
+    """auto: our own page for Llama, Mistral, Qwen2 and Qwen3, transformers' layers for what else runs (docs/models.md).
+    transformers: its layers in any case."""
+
     tokenizer: Text | None = None
     """Directory of the tokenizer, where it is not the model's."""
 

@@ -326,6 +326,7 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "dtype": ({"dtype": "int8"}, "dtype is 'int8'; it must be one of auto, float32"),
     "device": ({"device": "tpu"}, "device is 'tpu'"),
     "load_format": ({"load_format": "gguf"}, "load_format is 'gguf'; it must be one of auto, dummy"),
+    "implementation": ({"implementation": "vllm"}, "implementation is 'vllm'; it must be one of auto, transformers"),
     "block_size": ({"block_size": 24}, "block_size is 24; the CPU kernels need a multiple of 16"),
     "block_size beyond a chunk": ({"block_size": 512}, "block_size is 512; on a CPU it must divide 256"),
     "block_size of no power": ({"block_size": 48}, "block_size is 48; on a CPU it must divide 256"),

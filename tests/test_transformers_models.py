@@ -14,12 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from serve_app.errors import ConfigurationError, DeterminismError, UnsupportedModelError, WeightsError
+from serve_app.config import ServeArgs
+from serve_app.errors import DeterminismError, UnsupportedModelError, WeightsError
 from serve_app.llm import LLM, SamplingParams
 from serve_app.models import transformers_parts
 from serve_app.models.decoder_config import load_model_config
 from serve_app.models.transformers_config import TransformersConfig
 from serve_app.models.transformers_model import TransformersModel
+from serve_app.replica.load import load_engine
 from serve_app.runner.model_runner import ModelRunner
 from tests.tiny_models import OTHERS, greedy_margins, load_reference, make_other_model, make_tiny_model
 from tests.tiny_runs import NEAR_TIE, Answer, Witness, assert_same_bits, make_engine, make_request, make_runner, run
@@ -151,8 +153,8 @@ def test_our_own_architectures_stay_ours_unless_forced(tmp_path: Path) -> None:
     params = SamplingParams(max_tokens=12, temperature=0.0)
     a, b = ([answer.token_ids for answer in llm.generate(PROMPTS, params)] for llm in (ours, theirs))
     assert a == b
-    with pytest.raises(ConfigurationError, match="implementation is 'vllm'"):
-        LLM(directory, implementation="vllm")
+    args = ServeArgs.parse({"model": {"model": str(directory), "implementation": "transformers"}, "engine": options})
+    assert isinstance(load_engine(args).runner.model, TransformersModel)  # type: ignore[attr-defined]
 
 
 def test_16_bit_models_run(tmp_path: Path) -> None:

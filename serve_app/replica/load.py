@@ -51,6 +51,7 @@ def load_engine(args: ServeArgs) -> Engine:
         load_format=model.load_format,
         revision=model.revision,
         tokenizer=model.tokenizer,
+        implementation=model.implementation,
     )
     return Engine(config, runner)
 
