@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from serve_app.routing.estimates import MIN_SERVED, ServiceTime
+from serve_app.routing.estimates import MIN_LENGTHS, MIN_SERVED, OutputLengths, ServiceTime
 
 
 def test_service_time_is_a_line_over_the_length() -> None:
@@ -47,3 +47,13 @@ def test_service_time_follows_the_machine() -> None:
     for _ in range(200):
         service.add(50, 3.0)
     assert service.expected(50) == pytest.approx(3.0, rel=0.05)
+
+
+def test_an_answer_without_output_books_none() -> None:
+    """An embedding has a prompt and no output."""
+    lengths = OutputLengths()
+    assert lengths.expected(0) == 0
+    for _ in range(MIN_LENGTHS):
+        lengths.add(5, 10)
+    assert lengths.expected(0) == 0
+    assert lengths.expected(10) == 5

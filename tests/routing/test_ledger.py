@@ -187,6 +187,21 @@ def test_an_equal_fingerprint_comes_first_if_there_is_room() -> None:
     assert granted(ledger, ask("r1", 5, fingerprint="y")).replica_id == "a"
 
 
+@pytest.mark.parametrize("policy", ["reserve", "expect"])
+def test_a_prompt_alone_may_fill_the_context_and_teaches_no_length(policy: str) -> None:
+    """An embedding: what it books is its prompt, and answers are not taken to be shorter for it."""
+    ledger = made(report(max_model_len=32), policy=policy)
+    for i in range(40):
+        lease = granted(ledger, ask(f"r{i}", num_prompt_tokens=32, max_output_tokens=0))
+        assert lease.num_tokens == 32
+        ledger.settle(lease.lease_id, 0, 0.0)
+    assert ledger.snapshot()["num_output_lengths"] == 0
+    with pytest.raises(RequestTooLargeError):
+        ledger.request(ask("longer", num_prompt_tokens=33, max_output_tokens=0), 0.0)
+    with pytest.raises(RequestTooLargeError):
+        ledger.request(ask("with an answer", num_prompt_tokens=32, max_output_tokens=1), 0.0)
+
+
 def test_what_fits_no_pool_is_refused_with_the_numbers() -> None:
     ledger = made(report("a", num_blocks=10), report("b", num_blocks=12, max_model_len=100))
     with pytest.raises(RequestTooLargeError, match=r"3 prompt tokens and 2 x 109 .* 192 tokens .* 100 of one"):

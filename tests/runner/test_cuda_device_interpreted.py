@@ -6,13 +6,17 @@ K, V and log-probabilities, bit for bit, alone and in company, whole and in chun
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
+from serve_app.engine.engine import Engine
+from serve_app.engine.request import PoolingParams
 from serve_app.kernels import ragged_attention
 from serve_app.runner import cuda_device, model_runner
 from serve_app.runner.cuda_device import CudaDevice
@@ -113,6 +117,37 @@ def test_a_model_of_transformers_runs_without_graphs(tmp_path: Path, caplog: pyt
         key: answer.token_ids for key, answer in expected.items()
     }
     assert runner.device.graphs.num_replays == 0
+
+
+@pytest.mark.usefixtures("_on_a_fake_gpu")
+def test_vectors_equal_the_cpu_paths(directory: Path) -> None:
+    """In chunks, beside an answer; in deterministic mode with the bits of vectors that are computed alone."""
+
+    def vectors(engine: Engine, *, alone: bool = False) -> dict[Any, bytes]:
+        asked = [
+            dataclasses.replace(make_request(f"{kind}{i}", prompt_of(n, i)), pooling=PoolingParams(kind))
+            for kind in ("last", "mean")
+            for i, n in enumerate((26, 1))
+        ]
+        found: dict[Any, bytes] = {}
+        groups = [[request] for request in asked] if alone else [[*asked, make_request("answer", prompt_of(3), max_tokens=2)]]
+        for group in groups:
+            for request in group:
+                engine.add(request)
+            while engine.has_work:
+                for output in engine.step():
+                    assert output.error is None
+                    if output.embedding is not None:
+                        found[output.request_id] = output.embedding
+        assert len(found) == len(asked)
+        return found
+
+    on_cpu = vectors(make_engine(make_runner(directory, **OPTIONS)))
+    runner = make_runner(directory, device="cuda", **OPTIONS, deterministic=True)
+    on_gpu = vectors(make_engine(runner))
+    for name, data in on_cpu.items():
+        assert np.allclose(np.frombuffer(on_gpu[name], "<f4"), np.frombuffer(data, "<f4"), atol=1e-5), name
+    assert vectors(make_engine(runner, enable_prefix_caching=False), alone=True) == on_gpu
 
 
 # ---- bits -----------------------------------------------------------------------------------------------------------
