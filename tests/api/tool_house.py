@@ -64,11 +64,11 @@ ANSWERS = {
 
 
 def make_house(directory: Path, answers: Mapping[str, str] = ANSWERS, template: str = TEMPLATE, **fields: Any) -> House:
-    """Simulated. ``fields``: of the arguments' ``api`` (by the prefix api_) and of ``engine``."""
+    """Simulated. ``fields``: of the arguments' ``api`` (by the prefix api_) and of ``engine``, and seconds_per_step."""
     write_directory(directory)
     api = {name.removeprefix("api_"): value for name, value in fields.items() if name.startswith("api_")}
     engine = {name: value for name, value in fields.items() if not name.startswith("api_")}
-    simulated = {"answers": dict(answers), "verify": True}
+    simulated = {"answers": dict(answers), "verify": True, "seconds_per_step": engine.pop("seconds_per_step", 0.0)}
     return House(
         {
             "model": {
