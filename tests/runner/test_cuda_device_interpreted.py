@@ -6,7 +6,11 @@ K, V and log-probabilities, bit for bit, alone and in company, whole and in chun
 
 from __future__ import annotations
 
+<<<<<<< ours
 import dataclasses
+=======
+import re
+>>>>>>> theirs
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,14 +19,20 @@ import numpy as np
 import pytest
 import torch
 
+<<<<<<< ours
 from serve_app.engine.engine import Engine
 from serve_app.engine.request import PoolingParams
+=======
+from serve_app.engine.request import FinishReason
+>>>>>>> theirs
 from serve_app.kernels import ragged_attention
 from serve_app.runner import cuda_device, model_runner
 from serve_app.runner.cuda_device import CudaDevice
 from serve_app.runner.device_sampler import DeviceSampler
 from serve_app.runner.model_runner import ModelRunner
 from serve_app.runner.rehearsal import GREEDY
+from serve_app.text import grammar
+from serve_app.text.tokenizer import Tokenizer
 from tests.runner.fake_gpu import FakeGpu
 from tests.tiny_models import make_other_model, make_tiny_model
 from tests.tiny_runs import Answer, Witness, assert_same_bits, make_engine, make_request, make_runner, run
@@ -120,6 +130,7 @@ def test_a_model_of_transformers_runs_without_graphs(tmp_path: Path, caplog: pyt
 
 
 @pytest.mark.usefixtures("_on_a_fake_gpu")
+<<<<<<< ours
 def test_vectors_equal_the_cpu_paths(directory: Path) -> None:
     """In chunks, beside an answer; in deterministic mode with the bits of vectors that are computed alone."""
 
@@ -148,6 +159,28 @@ def test_vectors_equal_the_cpu_paths(directory: Path) -> None:
     for name, data in on_cpu.items():
         assert np.allclose(np.frombuffer(on_gpu[name], "<f4"), np.frombuffer(data, "<f4"), atol=1e-5), name
     assert vectors(make_engine(runner, enable_prefix_caching=False), alone=True) == on_gpu
+=======
+def test_a_grammar_gives_the_cpu_paths_tokens(directory: Path) -> None:
+    """Two steps in flight, masks as bits: a sentence, an eos that may come, and a free neighbour."""
+    text = grammar.regex("[b-k]{2,4}=[0-9]{2}")
+    bias = {40: 1.5}
+    constrained = make_request("g", prompt_of(5), grammar=text, max_tokens=NUM_TOKENS, ignore_eos=False)
+    company = [
+        constrained,
+        make_request("h", prompt_of(3), grammar=grammar.regex("[0-9]+"), max_tokens=4, logit_bias=bias),
+    ]
+    company.append(make_request("free", prompt_of(7), max_tokens=5))
+    runner = make_runner(directory, device="cuda", **OPTIONS)
+    answers = run(make_engine(runner), company)
+    expected = run(make_engine(make_runner(directory, **OPTIONS)), company)
+    assert {key: answer.token_ids for key, answer in answers.items()} == {
+        key: answer.token_ids for key, answer in expected.items()
+    }
+    decoded = Tokenizer.from_directory(directory).decode(answers["g", 0].token_ids)
+    assert re.fullmatch("[b-k]{2,4}=[0-9]{2}", decoded)
+    assert answers["g", 0].finish_reason is expected["g", 0].finish_reason is FinishReason.STOP
+    assert runner.max_steps_in_flight == 2
+>>>>>>> theirs
 
 
 # ---- bits -----------------------------------------------------------------------------------------------------------
