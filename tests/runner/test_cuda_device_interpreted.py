@@ -6,11 +6,8 @@ K, V and log-probabilities, bit for bit, alone and in company, whole and in chun
 
 from __future__ import annotations
 
-<<<<<<< ours
 import dataclasses
-=======
 import re
->>>>>>> theirs
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,12 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-<<<<<<< ours
 from serve_app.engine.engine import Engine
-from serve_app.engine.request import PoolingParams
-=======
-from serve_app.engine.request import FinishReason
->>>>>>> theirs
+from serve_app.engine.request import FinishReason, PoolingParams
 from serve_app.kernels import ragged_attention
 from serve_app.runner import cuda_device, model_runner
 from serve_app.runner.cuda_device import CudaDevice
@@ -130,7 +123,6 @@ def test_a_model_of_transformers_runs_without_graphs(tmp_path: Path, caplog: pyt
 
 
 @pytest.mark.usefixtures("_on_a_fake_gpu")
-<<<<<<< ours
 def test_vectors_equal_the_cpu_paths(directory: Path) -> None:
     """In chunks, beside an answer; in deterministic mode with the bits of vectors that are computed alone."""
 
@@ -141,7 +133,11 @@ def test_vectors_equal_the_cpu_paths(directory: Path) -> None:
             for i, n in enumerate((26, 1))
         ]
         found: dict[Any, bytes] = {}
-        groups = [[request] for request in asked] if alone else [[*asked, make_request("answer", prompt_of(3), max_tokens=2)]]
+        groups = (
+            [[request] for request in asked]
+            if alone
+            else [[*asked, make_request("answer", prompt_of(3), max_tokens=2)]]
+        )
         for group in groups:
             for request in group:
                 engine.add(request)
@@ -159,7 +155,9 @@ def test_vectors_equal_the_cpu_paths(directory: Path) -> None:
     for name, data in on_cpu.items():
         assert np.allclose(np.frombuffer(on_gpu[name], "<f4"), np.frombuffer(data, "<f4"), atol=1e-5), name
     assert vectors(make_engine(runner, enable_prefix_caching=False), alone=True) == on_gpu
-=======
+
+
+@pytest.mark.usefixtures("_on_a_fake_gpu")
 def test_a_grammar_gives_the_cpu_paths_tokens(directory: Path) -> None:
     """Two steps in flight, masks as bits: a sentence, an eos that may come, and a free neighbour."""
     text = grammar.regex("[b-k]{2,4}=[0-9]{2}")
@@ -180,7 +178,6 @@ def test_a_grammar_gives_the_cpu_paths_tokens(directory: Path) -> None:
     assert re.fullmatch("[b-k]{2,4}=[0-9]{2}", decoded)
     assert answers["g", 0].finish_reason is expected["g", 0].finish_reason is FinishReason.STOP
     assert runner.max_steps_in_flight == 2
->>>>>>> theirs
 
 
 # ---- bits -----------------------------------------------------------------------------------------------------------
