@@ -94,6 +94,8 @@ SHARED_EFFECTS: dict[str, Change] = {
     "frequency_penalty": given({"frequency_penalty": 2.0}, FEW),
     "logit_bias": given({"logit_bias": {"70": 100}}),
     "allowed_token_ids": given({"allowed_token_ids": [70]}),
+    "response_format": given({"response_format": {"type": "json_object"}}),
+    "structured_outputs": given({"structured_outputs": {"choice": ["yes", "no"]}}),
     "stop": lambda plain: ({}, {"stop": middle(plain)}),
     "stop_token_ids": lambda plain: ({}, {"stop_token_ids": plain.token_ids[3:4]}),
     "include_stop_str_in_output": lambda plain: (
@@ -136,8 +138,6 @@ EFFECTS: dict[type[Request], dict[str, Change]] = {
     },
 }
 ELSEWHERE = {
-    "response_format": "tests/test_structured_output.py",
-    "structured_outputs": "tests/test_structured_output.py",
     "priority": "test_priority_decides_who_is_first",
     "cache_salt": "test_a_salt_keeps_prefixes_apart",
     "best_of": "must equal n, and is refused where it does not: a test of test_protocol.py",
