@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from serve_app.engine.engine import Engine
 from serve_app.engine.request import GenerateRequest, PoolingParams
+from serve_app.llm import LLM
 from serve_app.runner.model_runner import ModelRunner
 from tests.tiny_models import make_tiny_model
 from tests.tiny_runs import make_engine, make_request, make_runner
@@ -144,3 +145,14 @@ def test_a_checkpoint_of_the_decoder_alone(directory: Path, runner: ModelRunner,
     save_file(bare, copy / "model.safetensors", {"format": "pt"})
     found = run(make_engine(make_runner(copy, block_size=16, max_num_seqs=8)), [pooled("1", PROMPTS[1], "last")])
     assert found["1"] == alone(runner, "last")["1"]
+
+
+@pytest.mark.parametrize("kind", ["last", "mean"])
+def test_a_model_of_transformers_gives_the_same(directory: Path, runner: ModelRunner, kind: str) -> None:
+    options = {"block_size": 16, "num_kv_blocks": 60, "num_threads": 1, "max_num_seqs": 4, "max_num_batched_tokens": 24}
+    llm = LLM(directory, implementation="transformers", **options)
+    expected = alone(runner, kind)
+    for i, vector in enumerate(llm.embed(PROMPTS, pooling=kind)):
+        data = expected[str(i)]
+        assert data is not None
+        assert np.allclose(vector.embedding, np.frombuffer(data, "<f4"), atol=1e-5)
