@@ -59,7 +59,8 @@ def problem_of(text: str, tokenizer: Any) -> str | None:
 def find_place(text: str, problem: str, tokenizer: Any) -> tuple[list[str | int], str]:
     """Which subschema has the problem: the deepest one that fails by itself, in the same way; and its own problem."""
     deadline = time.process_time() + LOOK_SECONDS
-    schema = json.loads(text)["grammars"][0].get("json_schema") or {}
+    schemas = [one["json_schema"] for one in json.loads(text)["grammars"] if one.get("json_schema")]
+    schema = schemas[0] if len(schemas) == 1 else {}  # behind reasoning it is not the first grammar
     options = schema.pop("x-guidance", {})
     definitions = schema.pop("$defs", {})
     found: Any = schema

@@ -12,7 +12,7 @@ import pytest
 
 from serve_app.errors import OverloadedError
 from serve_app.text import grammar_check
-from serve_app.text.grammar import grammar, json_object, json_schema, regex
+from serve_app.text.grammar import combined, grammar, json_object, json_schema, regex
 from serve_app.text.grammar_check import TOO_MUCH, GrammarCheck, HelperDiedError, cleaned, original_place
 
 
@@ -55,8 +55,9 @@ def test_good_grammars(check: Callable[..., Any]) -> None:
     [
         (json_schema(NESTED), "look-around", ("$defs", "a/b", 0, "properties", "c")),
         (json_schema(IMPOSSIBLE), "minimum (5) is greater than maximum (3)", ("properties", "a")),
+        (combined("start: /.*/ @a", {"a": json_schema(NESTED)}), "look-around", ("$defs", "a/b", 0, "properties", "c")),
         (json_schema(False), "schema is false", ()),
-        (json_schema({"oneOf": [{"type": "object"}, {"minProperties": 1}]}), "oneOf is taken where no value can fit two", ()),
+        (json_schema({"oneOf": [{"type": "object"}, {"minProperties": 1}]}), "oneOf is taken where no value", ()),
         (
             json_schema({"anyOf": [{"type": "null"}, {"type": "number", "multipleOf": 0.3333333333}]}),
             "too many digits",
