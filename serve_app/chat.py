@@ -45,6 +45,10 @@ class BusyError(ChatError):
         self.seconds = seconds
 
 
+class Thought(str):
+    """A piece of what the model thinks before it answers."""
+
+
 @dataclass
 class Progress:
     """Of one answer. Times are seconds of time.monotonic()."""
@@ -179,11 +183,12 @@ def _read_chunk(data: str, progress: Progress) -> Iterator[str]:
             progress.num_tokens = int(chunk["usage"]["completion_tokens"])
         for choice in chunk.get("choices") or []:
             progress.finish_reason = choice.get("finish_reason") or progress.finish_reason
-            text = (choice.get("delta") or {}).get("content") or ""
-            if text:
-                progress.last_at = time.monotonic()
-                progress.first_at = progress.first_at or progress.last_at
-                yield text
+            delta = choice.get("delta") or {}
+            for text in (Thought(delta.get("reasoning_content") or ""), delta.get("content") or ""):
+                if text:
+                    progress.last_at = time.monotonic()
+                    progress.first_at = progress.first_at or progress.last_at
+                    yield text
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ChatError(f"the server sent an event that is no part of a chat: {data[:80]!r}") from error
 
@@ -229,6 +234,13 @@ class Chat:
         self._notes.write(f"\x1b[2m{text}\x1b[0m\n" if self._is_dim else f"{text}\n")
         self._notes.flush()
 
+    def _think(self, piece: Thought) -> None:
+        """Shown to a person, dim; no part of the answer, and not sent back."""
+        if self._is_interactive:
+            text = piece.translate(_CONTROL)
+            self._notes.write(f"\x1b[2m{text}\x1b[0m" if self._is_dim else text)
+            self._notes.flush()
+
     def _answer(self, question: str) -> None:
         """What was said before Ctrl-C stays in the conversation. An answer that failed does not, nor does its question."""
         messages = [*self.messages, {"role": "user", "content": question}]
@@ -255,6 +267,9 @@ class Chat:
         try:
             with contextlib.closing(self._client.stream(body, progress)) as stream:
                 for piece in stream:
+                    if isinstance(piece, Thought):
+                        self._think(piece)
+                        continue
                     pieces.append(piece)
                     self._out.write(piece.translate(_CONTROL))
                     self._out.flush()

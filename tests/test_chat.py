@@ -187,6 +187,18 @@ def test_what_is_asked(server: FakeServer) -> None:
     }
 
 
+def test_what_the_model_thinks_is_no_part_of_the_answer(server: FakeServer) -> None:
+    thought = b'data: {"choices": [{"delta": {"reasoning_content": "hm\\u001b", "reasoning": "hm\\u001b"}}]}\n\n'
+    server.replies = [stream(thought, event("yes"), DONE)]
+    person = Person(server.url)
+    person.chat._is_interactive = True
+    out, notes = person.say("hello")
+    assert out.strip() == "yes"
+    assert "hm" in notes
+    assert "\x1b" not in notes
+    assert person.chat.messages[-1] == {"role": "assistant", "content": "yes"}
+
+
 def test_odd_framing_is_read(server: FakeServer) -> None:
     pretty = json.dumps({"choices": [{"delta": {"content": "é\x1b[31m!"}}]}, ensure_ascii=False, indent=1)
     lines = "".join(f"data: {line}\r\n" for line in pretty.splitlines()).encode()
