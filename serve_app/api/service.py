@@ -12,6 +12,7 @@ import dataclasses
 import random
 import time
 import uuid
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,6 +44,7 @@ from serve_app.errors import (
     EngineUnavailableError,
     InvalidEventIdError,
     InvalidParameterError,
+    OverloadedError,
     RaggedServeError,
     UnknownModelError,
 )
@@ -234,6 +236,9 @@ class Service:
     async def embed(self, request: EmbeddingRequest, request_id: str, remaining_ms: float | None = None) -> bytes:
         """The whole answer. Inputs run side by side, MAX_INPUTS_AT_ONCE at most. ``remaining_ms``: as of `start`.
 
+        Where the server has no room for an input, fewer run side by side: only when none of them finds room is the request
+        refused. A long list would else crowd itself out.
+
         Raises InvalidRequestErrors, and what a stream raises.
         """
         name, state, model = self._name_of(request.model), self.state(), self.model
@@ -243,17 +248,28 @@ class Service:
         loop = asyncio.get_running_loop()
         deadline = None if remaining_ms is None else loop.time() + remaining_ms / 1000.0
         vectors = [b""] * len(prompts)
-        todo = iter(enumerate(prompts))
+        todo = deque(range(len(prompts)))
+        num_workers = min(len(prompts), MAX_INPUTS_AT_ONCE)
 
         async def work() -> None:
-            for i, prompt in todo:
+            nonlocal num_workers
+            while todo:
+                i = todo.popleft()
                 left = None if deadline is None else (deadline - loop.time()) * 1000.0
                 own_id = f"{request_id}~{uuid.uuid4().hex[:8]}"
-                asked = request.generate_request(own_id, prompt, pooling, left)
-                vectors[i] = encode_vector(await self._embed_one(asked, state.block_size), request.encoding_format)
+                asked = request.generate_request(own_id, prompts[i], pooling, left)
+                try:
+                    vector = await self._embed_one(asked, state.block_size)
+                except OverloadedError:
+                    if num_workers == 1:
+                        raise
+                    todo.append(i)  # for the others, who have room
+                    break
+                vectors[i] = encode_vector(vector, request.encoding_format)
+            num_workers -= 1
 
         self.num_running += 1
-        tasks = [asyncio.create_task(work()) for _ in range(min(len(prompts), MAX_INPUTS_AT_ONCE))]
+        tasks = [asyncio.create_task(work()) for _ in range(num_workers)]
         try:
             await asyncio.gather(*tasks)
         finally:

@@ -135,13 +135,20 @@ def test_a_client_that_leaves(house: House) -> None:
 
 
 def test_overload_is_an_answer(directory: Path) -> None:
-    """With room for one prompt, and nobody allowed to wait."""
-    args = {"model": str(directory), "engine": {**ENGINE, "num_kv_blocks": 32}}
+    """With room for one prompt, and nobody allowed to wait: a list goes on one by one, and beside another client not."""
+    simulated = {"model": str(directory), "runner": "simulated", "simulated": {"seconds_per_step": 0.02}}
+    args = {"model": simulated, "engine": {**ENGINE, "num_kv_blocks": 32}}
     with House(args, num_replicas=1, user_config={"router": {"max_queued_requests": 0}}) as house:
-        answer = httpx.post(house.url + "/v1/embeddings", json={"input": ["a" * 400] * 20})
+        answer = httpx.post(house.url + "/v1/embeddings", json={"input": ["a" * 400] * 9}, timeout=60)
+        assert answer.status_code == 200, answer.text
+        assert len(answer.json()["data"]) == 9
+        body = {"prompt": "a", "max_tokens": 450, "stream": True}
+        with httpx.stream("POST", house.url + "/v1/completions", json=body) as other:
+            lines = other.iter_lines()  # held: one that is dropped closes its stream
+            next(lines)
+            answer = httpx.post(house.url + "/v1/embeddings", json={"input": ["a" * 400] * 9}, timeout=60)
         assert answer.status_code == 429
         assert int(answer.headers["retry-after"]) >= 1
-        assert httpx.post(house.url + "/v1/embeddings", json={"input": "a" * 400}).status_code == 200
         house.check_rest()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +17,12 @@ import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 
 from serve_app.api.failover import FailoverLimits
+from serve_app.api.protocol import EncodedPrompt
+from serve_app.api.responses import ResponseAnswer
+from serve_app.api.responses_protocol import ResponsesRequest
 from serve_app.config import ServeArgs
 from serve_app.engine.engine import Engine
+from serve_app.engine.request import FinishReason, SamplingParams, TokenOutput
 from serve_app.engine.sequence import Sequence
 from serve_app.engine.simulated_runner import SimulatedRunner
 from serve_app.text.tokenizer import Tokenizer
@@ -265,6 +270,42 @@ def test_reasoning_text_and_calls_are_items(scripted: House, script: Script) -> 
     assert "".join(thought) == "which city? Paris."
 
 
+def test_the_items_do_not_depend_on_how_the_tokens_come(scripted: House, script: Script) -> None:
+    """One by one, in random groups, all at once: after a failover they come in other groups."""
+    model = scripted.service.model
+    body = {"input": "weather?", "tools": [WEATHER], "stream": True}
+    ids = script.tokenizer.encode(SAID)
+    sampling = SamplingParams(max_tokens=500).resolved()
+    prompt = EncodedPrompt((1, 2), "")
+
+    def answer_in(groups: list[int]) -> dict[str, Any]:
+        asked = ResponsesRequest.parse(json.dumps(body).encode())
+        known: dict[str, Any] = {"request_id": "r", "created": 1, "model": "m", "prompts": [prompt]}
+        answer = ResponseAnswer(asked, **known, token_texts=scripted.service.token_texts, counts_reasoning=True)
+        text = asked.chat.text_stream(script.tokenizer, sampling, prompt, output_format=model.output_format)
+        data, start = b"", 0
+        for num in groups:
+            output = TokenOutput("r", 0, tuple(ids[start : start + num]))
+            start += num
+            if start == len(ids):
+                output = output._replace(finish_reason=FinishReason.STOP)
+            delta = text.push(output.token_ids, output.finish_reason)
+            data += answer.push(0, delta, output)
+        assert answer.has_ended
+        data += answer.end()
+        last: dict[str, Any] = json.loads(data.rsplit(b"data: ", 1)[1])["response"]
+        return last
+
+    whole = answer_in([len(ids)])
+    assert [item["type"] for item in whole["output"]] == ["reasoning", "message", "function_call", "function_call"]
+    for seed in range(20):
+        rng, groups = random.Random(seed), []
+        while sum(groups) < len(ids):
+            groups.append(min(rng.choice((1, 1, 2, 7, 30)), len(ids) - sum(groups)))
+        assert answer_in(groups) == whole
+    assert answer_in([1] * len(ids)) == whole
+
+
 def test_the_packages_stream_puts_the_items_together(scripted: House, script: Script) -> None:
     script.says(SAID)
     tools: Any = [WEATHER]
@@ -416,8 +457,6 @@ ELSEWHERE = {
 
 
 def test_the_table_names_every_field() -> None:
-    from serve_app.api.responses_protocol import ResponsesRequest
-
     assert {*EFFECTS, *ELSEWHERE} == set(ResponsesRequest.model_fields)
 
 

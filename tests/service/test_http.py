@@ -103,6 +103,26 @@ def test_chat(client: openai.OpenAI) -> None:
     assert (usage.prompt_tokens, usage.completion_tokens) == (whole.usage.prompt_tokens, 18)
 
 
+def test_embeddings(client: openai.OpenAI) -> None:
+    texts = ["once upon a time", "there was", "once upon a time"]
+    answer = client.embeddings.create(model=NAMES[0], input=texts)
+    first, second, again = (data.embedding for data in answer.data)
+    assert first == again != second
+    assert sum(x * x for x in first) == pytest.approx(1.0)
+
+
+def test_responses(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": NAMES[0], "input": "hello", "max_output_tokens": 9, "extra_body": {"seed": 4}}
+    whole = client.responses.create(**asked)
+    assert whole.status == "incomplete"
+    assert whole.usage is not None
+    assert whole.usage.output_tokens == 9
+    events = list(client.responses.create(**asked, stream=True))
+    assert events[0].type == "response.created"
+    assert events[-1].type == "response.incomplete"
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == whole.output_text
+
+
 def test_a_stream_comes_in_pieces(service: Service) -> None:
     """Each event by itself, the last is [DONE], and what the proxy passes on was not gathered."""
     arrived: list[bytes] = []
