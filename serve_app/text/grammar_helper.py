@@ -12,7 +12,6 @@ import json
 import os
 import resource
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -133,4 +132,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
