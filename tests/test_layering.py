@@ -161,6 +161,8 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("api/error_response.py", SERVICE),
     ("api/json_body.py", SERVICE),
     ("api/request_model.py", SERVICE),
+    ("api/headers.py", SERVICE),
+    ("api/fields.py", SERVICE),
     ("api/tools.py", SERVICE),
     ("api/messages.py", SERVICE),
     ("api/response_format.py", SERVICE),
@@ -355,8 +357,8 @@ def test_text_loads_neither_torch_nor_ray() -> None:
     assert came_along == []
 
 
-def test_the_device_side_loads_no_ray() -> None:
-    num_loaded, came_along = load(REPOSITORY, {"device", "offline"}, "ray fastapi starlette")
+def test_the_device_side_loads_neither_ray_nor_transformers() -> None:
+    num_loaded, came_along = load(REPOSITORY, {"device", "offline"}, "ray fastapi starlette transformers")
     assert num_loaded >= 1
     assert came_along == []
 

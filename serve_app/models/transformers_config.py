@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -256,10 +257,17 @@ class _Mask(NamedTuple):
 
 
 _calls: list[_Call] = []
+"""Of the dry run under way."""
+_one_at_a_time = threading.Lock()
 
 
 def take_survey(name: str, hf_config: Any) -> Survey:
     """Runs the model on the meta device. Raises UnsupportedModelError."""
+    with _one_at_a_time:
+        return _take_survey(name, hf_config)
+
+
+def _take_survey(name: str, hf_config: Any) -> Survey:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(SURVEY, _record)
