@@ -248,7 +248,7 @@ class LLM:
     def _run(
         self,
         groups: list[list[GenerateRequest]],
-        answering: SequenceOf[_Answer] | SequenceOf[_Vector],
+        answering: SequenceOf[_Answer | _Vector],
         what: str,
         use_tqdm: bool | None,
     ) -> None:

@@ -23,7 +23,8 @@ import pydantic
 from pydantic import Field, PlainValidator, PrivateAttr
 
 from serve_app.api.error_response import WrongValueError, error_response, shown
-from serve_app.api.protocol import MAX_CACHE_SALT_CHARS, WITHOUT_EFFECT, ChatCompletionRequest, RequestId, Seed
+from serve_app.api.fields import MAX_CACHE_SALT_CHARS, RequestId, Seed
+from serve_app.api.protocol import WITHOUT_EFFECT, ChatCompletionRequest
 from serve_app.api.request_model import MAX_INT, IgnoredField, RequestLimits, RequestModel, Unimplemented
 from serve_app.engine.request import MAX_LOGPROBS
 from serve_app.errors import InvalidParameterError, RaggedServeError, UnsupportedParameterError
@@ -278,7 +279,7 @@ class ResponsesRequest(RequestModel):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     """Sample from the most likely tokens that have this probability together."""
 
-    text: TextOptions = TextOptions()
+    text: TextOptions = TextOptions(format={"type": "text"})
     """`{"format": ...}`: text, JSON, or JSON of a schema."""
 
     tools: Annotated[list[dict[str, Any]], PlainValidator(_tools, json_schema_input_type=list[dict[str, Any]])] = Field(
