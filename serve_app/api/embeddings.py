@@ -13,7 +13,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from serve_app.api.protocol import MAX_CACHE_SALT_CHARS, WITHOUT_EFFECT, EncodedPrompt, Prompts, RequestId
+from serve_app.api.fields import MAX_CACHE_SALT_CHARS, Prompts, RequestId
+from serve_app.api.protocol import WITHOUT_EFFECT, EncodedPrompt
 from serve_app.api.request_model import MAX_INT, IgnoredField, RequestLimits, RequestModel, Unimplemented
 from serve_app.engine.request import GenerateRequest, PoolingParams, SamplingParams
 from serve_app.errors import ContextLengthError, InvalidParameterError, InvalidPromptError

@@ -29,16 +29,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.api.embeddings import EmbeddingRequest
 from serve_app.api.error_response import error_response
+from serve_app.api.fields import MAX_REQUEST_ID_CHARS
+from serve_app.api.headers import EVENT_ID_HEADER, RESUMABLE_HEADER, TIMEOUT_HEADER, timeout_ms
 from serve_app.api.protocol import (
-    EVENT_ID_HEADER,
-    MAX_REQUEST_ID_CHARS,
-    RESUMABLE_HEADER,
-    TIMEOUT_HEADER,
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
-    timeout_ms,
 )
 from serve_app.api.responses import answer_maker
 from serve_app.api.responses_protocol import ResponsesRequest

@@ -6,9 +6,9 @@ import json
 import sys
 
 from serve_app.api.embeddings import EmbeddingRequest
+from serve_app.api.headers import HEADERS
 from serve_app.api.messages import Message
 from serve_app.api.protocol import (
-    HEADERS,
     WITHOUT_EFFECT,
     ChatCompletionRequest,
     CompletionRequest,

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from serve_app.api.event_id import ChoiceShown, EventId, decode_event_id, fold
-from serve_app.api.protocol import EVENT_ID_HEADER, RESUMABLE_HEADER
+from serve_app.api.headers import EVENT_ID_HEADER, RESUMABLE_HEADER
 from serve_app.engine.request import TokenOutput
 from serve_app.errors import (
     EngineUnavailableError,

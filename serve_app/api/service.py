@@ -24,9 +24,8 @@ from serve_app.api.answers import Answer, ResumableAnswer, detokenize_body, make
 from serve_app.api.embeddings import EmbeddingRequest, check_lengths, embeddings_body, encode_vector
 from serve_app.api.event_id import ChoiceShown
 from serve_app.api.failover import Failover
+from serve_app.api.headers import EVENT_ID_HEADER, RESUMABLE_HEADER
 from serve_app.api.protocol import (
-    EVENT_ID_HEADER,
-    RESUMABLE_HEADER,
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping
+from typing import Any
 
 from serve_app import hub
 from serve_app.config import ServeArgs
@@ -85,12 +86,12 @@ def _simulated(args: ServeArgs) -> Engine:
 
 def _eos_token_id(tokenizer: Tokenizer) -> int:
     given = tokenizer.generation_config.get("eos_token_id")
-    found: int | None = given[0] if isinstance(given, list) and given else given
+    found: Any = given[0] if isinstance(given, list) and given else given
     if found is None:
         found = tokenizer.token_to_id(tokenizer.special_tokens.get("eos_token", ""))
     if found is None:
         raise ConfigurationError("simulated.answers need a token to end with; name it in simulated.eos_token_ids")
-    return found
+    return int(found)
 
 
 def _script(answers: Mapping[str, str], tokenizer: Tokenizer, eos_token_id: int) -> Script:

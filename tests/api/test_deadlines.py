@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from serve_app.api.protocol import TIMEOUT_HEADER
+from serve_app.api.headers import TIMEOUT_HEADER
 from serve_app.config import ServeArgs
 from serve_app.engine.engine import Engine
 from serve_app.engine.simulated_runner import SimulatedRunner
@@ -49,7 +49,7 @@ def code(answer: httpx.Response) -> tuple[int, str]:
 
 @pytest.mark.parametrize("given", ["0", "-5", "1.5", "soon", "", "99999999999", "1e3"])
 def test_a_wrong_timeout_names_the_header_and_the_limit(directory: Path, given: str) -> None:
-    from serve_app.api.protocol import timeout_ms
+    from serve_app.api.headers import timeout_ms
     from serve_app.errors import InvalidParameterError
 
     with pytest.raises(InvalidParameterError, match=r"X-Request-Timeout-Ms is .*; it must be .* from 1 to 1000000000"):
