@@ -16,6 +16,9 @@ from serve_app.engine.pooling import FRACTION_BITS, MAX_VALUE, Pooled
 from serve_app.engine.scheduler import Key
 from serve_app.errors import StepFailedError
 
+MAX_ROWS = 512
+"""Taken at a time: four copies of them as float64 are all the memory that it needs."""
+
 
 def pool(hidden_RE: torch.Tensor, kind: str) -> torch.Tensor:
     """last: float32 [E], the last row. mean: int64 [E + 1], the sums, and behind them how many values are not finite.
@@ -24,11 +27,14 @@ def pool(hidden_RE: torch.Tensor, kind: str) -> torch.Tensor:
     """
     if kind == "last":
         return hidden_RE[-1].float()
-    values_RE = hidden_RE.double()
-    is_finite_RE = torch.isfinite(values_RE)
-    values_RE = torch.where(is_finite_RE, values_RE, 0.0).clamp(-MAX_VALUE, MAX_VALUE)
-    sums_E = (values_RE * 2.0**FRACTION_BITS).round().long().sum(0)
-    return torch.cat([sums_E, (~is_finite_RE).sum().view(1)])
+    total = torch.zeros(hidden_RE.shape[1] + 1, dtype=torch.int64, device=hidden_RE.device)
+    for part_RE in hidden_RE.split(MAX_ROWS):
+        values_RE = part_RE.double()
+        is_finite_RE = torch.isfinite(values_RE)
+        values_RE = torch.where(is_finite_RE, values_RE, 0.0).clamp_(-MAX_VALUE, MAX_VALUE)
+        total[:-1] += values_RE.mul_(2.0**FRACTION_BITS).round_().long().sum(0)
+        total[-1] += (~is_finite_RE).sum()
+    return total
 
 
 def read(part: npt.NDArray[Any], key: Key) -> Pooled:

@@ -29,6 +29,13 @@ def test_a_sum_does_not_depend_on_the_cut(dtype: torch.dtype) -> None:
     assert np.allclose(whole * 0.5**FRACTION_BITS, exact, rtol=1e-7, atol=71 * 0.5**FRACTION_BITS)
 
 
+def test_rows_beyond_a_part_are_summed_too() -> None:
+    rows = torch.ones(2 * pooler.MAX_ROWS + 3, 2)
+    rows[-1, 1] = -5.0
+    num = len(rows)
+    assert sums(rows).tolist() == [num << FRACTION_BITS, (num - 6) << FRACTION_BITS]
+
+
 def test_floats_would_depend_on_it() -> None:
     """What the integers are for."""
     torch.manual_seed(0)
