@@ -382,7 +382,7 @@ def run(file: str, work: str, say: Any) -> int:
                 f"with Ray Serve's own proxy, which costs more for each token: {reason or HA_PROXY + ' is not 1'}",
             )
 
-    from serve_app import check_config
+    from serve_app import check_config, local_ray
 
     problems = check_config.check(file)
     if problems:
@@ -397,9 +397,11 @@ def run(file: str, work: str, say: Any) -> int:
         check_port(host, port, file)
     os.environ.pop("RAY_ADDRESS", None)  # Ray is told below, and `serve run` must not be told again
     say("progress", "starting Ray" if is_ours else f"connecting to the Ray at {address}")
-    options: dict[str, Any] = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES} if is_ours else {}
     try:
-        ray.init(address=address, namespace="serve", **options)
+        if is_ours:
+            local_ray.start(address, namespace="serve", object_store_memory=OBJECT_STORE_BYTES)
+        else:
+            ray.init(address=address, namespace="serve")
     except ConnectionError as error:
         if is_ours:
             raise

@@ -199,6 +199,7 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("api/http_app.py", SERVICE),
     ("api/ingress.py", SERVICE),
     ("app.py", ASSEMBLY),
+    ("local_ray.py", ASSEMBLY),
     ("serve_run.py", ASSEMBLY),
     ("launch.py", ALONE),
     ("chat.py", ALONE),
