@@ -137,6 +137,8 @@ def compare(directory: Path, name: str, given: argparse.Namespace) -> list[dict[
         "kv_bytes": GIB // 2,
         "deterministic": given.deterministic,
         "system": "continuous",
+        # Theirs; Gemma 2's soft-cap has no other.
+        "attention": "eager" if name == "gemma2" else "sdpa",
     }
     systems: dict[str, Any] = {"ours": OurEngine({**spec, "implementation": "transformers"})}
     if name == "qwen3":

@@ -35,8 +35,8 @@ SYSTEMS = (*OURS, "transformers", "transformers-cb", "vllm")
 
 Spec = dict[str, Any]
 """system, dtype, model (directory), requests and warmup (RequestSet JSON), threads, budget (tokens of a step), rows
-(requests at a time), kv_bytes; deterministic, implementation (ours), vllm_python, vllm_defaults, cache (directory for
-compiled code)."""
+(requests at a time), kv_bytes; deterministic, implementation (ours), attention (transformers-cb), vllm_python,
+vllm_defaults, cache (directory for compiled code)."""
 Answer = dict[str, Any]
 
 
@@ -459,7 +459,7 @@ class TransformersContinuous:
         from transformers import ContinuousBatchingConfig, GenerationConfig
         from transformers.generation.continuous_batching.utils import WorkloadHints
 
-        self.model = _transformers_model(spec, "sdpa")
+        self.model = _transformers_model(spec, spec.get("attention", "sdpa"))
         config = self.model.config
         page = 256
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
