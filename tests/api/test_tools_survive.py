@@ -34,6 +34,10 @@ def body_of(kind: str, **fields: Any) -> dict[str, Any]:
     return {**FIELDS, "messages": [{"role": "user", "content": kind}], "stream": True, **fields}
 
 
+def num_choices(kind: str) -> int:
+    return 2 if kind in KINDS[:2] else 1
+
+
 def story(events: list[Event]) -> tuple[Any, ...]:
     """All that a reader has at the end: choices, usage, number of ends."""
     chunks = [json.loads(event.data) for event in events if event.data != "[DONE]"]
@@ -55,7 +59,7 @@ def check_whole(kind: str, found: tuple[Any, ...]) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_deaths_in_calls_and_in_reasoning_leave_no_trace(house: House, kind: str) -> None:
     """Each time the replica that runs it dies at another token; the client reads one stream."""
-    body = body_of(kind, n=2 if kind == KINDS[0] else 1)
+    body = body_of(kind, n=num_choices(kind))
     headers = {"x-request-id": f"the-same-{kind.replace(' ', '-')}"}
     counters = house.service.failover.counters
     expected: Any = None
@@ -93,14 +97,15 @@ def wait_for(house: House, num_tokens: int) -> Replica:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stream_is_resumed_from_its_events(house: House, kind: str) -> None:
     """From what is kept, and from where a cut left less: then the rest is generated again."""
-    client = Client(house, CHAT, **body_of(kind, n=2 if kind == KINDS[0] else 1))
+    client = Client(house, CHAT, **body_of(kind, n=num_choices(kind)))
     events = client.read()
     whole = story(events)
     check_whole(kind, whole)
     random_ = random.Random(kind)
-    for i in random_.sample(range(len(events) - 1), min(12, len(events) - 1)):
+    before_usage = len(events) - 3
+    for i in (before_usage, *random_.sample(range(before_usage), min(11, before_usage))):
         event_id = decode_event_id(events[i].id or "")
         if random_.random() < 0.4 and not event_id.is_over:
-            cut_records(house, event_id, 2 if kind == KINDS[0] else 1, random_)
+            cut_records(house, event_id, num_choices(kind), random_)
         assert story(events[: i + 1] + client.read(events[i].id)) == whole, i
     house.check_rest()
