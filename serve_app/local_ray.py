@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 WATCHERS = ("ray::DashboardAgent", "dashboard/agent.py", "log_monitor.py")
 """Parts of command lines."""
@@ -31,23 +32,17 @@ def start(address: str, **options: Any) -> None:
 
 @contextlib.contextmanager
 def _only_what_serves() -> Iterator[None]:
-    """`ray.init` has no options for it: Ray 2.60's own parameters and node are asked."""
+    """`ray.init` has no options for it: Ray 2.60's own parameters and node are changed while it runs."""
     from ray._private import node, parameter
-
-    parameters, start_dashboard = parameter.RayParams, node.Node.start_api_server
-
-    @functools.wraps(parameters)
-    def without_autoscaler(**arguments: Any) -> Any:
-        return parameters(**{**arguments, "no_monitor": True})
 
     def no_dashboard(self: Any, **_arguments: Any) -> None:
         self._webui_url = ""
 
-    parameter.RayParams, node.Node.start_api_server = without_autoscaler, no_dashboard
-    try:
+    with (
+        mock.patch.object(parameter, "RayParams", functools.partial(parameter.RayParams, no_monitor=True)),
+        mock.patch.object(node.Node, "start_api_server", no_dashboard),
+    ):
         yield
-    finally:
-        parameter.RayParams, node.Node.start_api_server = parameters, start_dashboard
 
 
 def let_watchers_give_way(pid: int) -> list[int]:

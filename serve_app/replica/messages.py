@@ -167,7 +167,9 @@ def merge(first: TokenOutput, second: TokenOutput) -> TokenOutput:
 
 def decode(rich: tuple[Any, ...], request_id: str, choice_index: int) -> TokenOutput:
     """The output in one tuple of a message's ``rich`` (see Message), whose first element is the key."""
-    _, token_ids, logprobs, prompt_logprobs, reason, stop_token_id, num_cached_tokens, error, error_code, embedding = rich
+    _, token_ids, logprobs, prompt_logprobs, reason, stop_token_id, num_cached_tokens, error, error_code, embedding = (
+        rich
+    )
     return TokenOutput(
         request_id,
         choice_index,

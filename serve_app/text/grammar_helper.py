@@ -24,6 +24,14 @@ CPU_SECONDS = 1.0
 """Of one grammar. Schemas of thousands of lines take a tenth of that."""
 MEMORY_BYTES = 512 * 2**20
 STACK_BYTES = 4 * 2**20
+LIMITS: dict[str, Any] = {
+    "initial_lexer_fuel": 50_000,
+    "step_lexer_fuel": 20_000,
+    "step_max_items": 20_000,
+    "verbose_errors": False,
+}
+"""Of the library, also where masks are made (`token_masks`), so that both say the same. With its own, five times as high and
+more, one mask of `(x{1000}){1000}` takes over a second; with these some 40 ms, and that of a common schema 1."""
 LOOK_SECONDS = 0.5
 """CPU time after which no more is done to find the place of a mistake."""
 
@@ -96,7 +104,7 @@ def _children(
     return ((where, child) for where, child in found if isinstance(child, dict))
 
 
-_LIMITS = llguidance.LLParserLimits(verbose_errors=False)
+_LIMITS = llguidance.LLParserLimits(**LIMITS)
 _UNSATISFIABLE = "nsatisfiable"
 _ONE = ("items", "additionalProperties")
 _LISTS = ("prefixItems", "allOf", "anyOf", "oneOf")

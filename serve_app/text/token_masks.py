@@ -81,7 +81,7 @@ class GrammarTokenizer:
     def compile(self, text: str) -> Grammar:
         """The grammar with this canonical text; from any thread. What somebody holds, or was named lately, is found.
 
-        Waits for the tokenizer. A grammar's work is bounded by llguidance's limits, to a second or so of one core.
+        Waits for the tokenizer. A grammar's work is bounded by `grammar_helper.LIMITS`, and so is each mask's.
         Raises UnsupportedParameterError if the model's tokenizer has no bytes, InvalidParameterError with llguidance's
         own words if the grammar is wrong or too large.
         """
@@ -127,7 +127,16 @@ class Grammar:
         self.vocab_size = vocabulary.vocab_size
         self.num_words = vocabulary.num_words
         self.eos_token_ids = vocabulary.eos_token_ids
-        self._start = llguidance.LLMatcher(tokenizer, text, log_level=0)
+        from serve_app.text.grammar_helper import LIMITS
+
+        limits = llguidance.LLParserLimits(**LIMITS)
+        self._start = llguidance.LLMatcher(tokenizer, text, log_level=0, limits=limits)
+        if not self._start.is_error():
+            first = (
+                self._start.deep_copy()
+            )  # a grammar whose first mask is too much work is refused here, not in a step
+            first.compute_bitmask()
+            self._start = first if first.is_error() else self._start
         if self._start.is_error():
             reason = self._start.get_error().strip().partition("\n")[0]
             raise InvalidParameterError("grammar", text, f"a grammar: {reason}")

@@ -595,7 +595,7 @@ def test_a_stalled_ingress_keeps_bounded_memory_and_its_requests_end() -> None:
             hub.ack(channel, 5)
             number, _, rich = await anext(stream)
             assert number == 6  # all the rest came in one
-            key, tokens, *_, error, code = rich[0]
+            key, tokens, *_, error, code, _ = rich[0]
             assert (key, code) == (0, "ingress_stalled")
             assert "at most 40 are kept" in error
             assert 30 < len(tokens) <= 40
