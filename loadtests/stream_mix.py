@@ -41,6 +41,25 @@ _ON = {"ignore_eos": True, "max_tokens": NUM_TOKENS}
 _WARM = {**_ON, "temperature": 1.6}
 """Warm enough that the toy model does not repeat itself for ever."""
 
+_HELD = {"temperature": 1.6, "max_tokens": 500}
+_LIST = {
+    "name": "rows",
+    "schema": {
+        "type": "array",
+        "minItems": 16,
+        "maxItems": 16,
+        "items": {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string", "maxLength": 12},
+                "count": {"type": "integer", "minimum": 0, "maximum": 999},
+            },
+            "required": ["name", "count"],
+        },
+    },
+}
+"""A sentence that ends by itself, behind more than 200 tokens."""
+
 KINDS: tuple[Kind, ...] = (
     Kind("greedy", COMPLETIONS, {**_ON, "temperature": 0.0}),
     Kind("seeded", COMPLETIONS, {**_WARM, "top_p": 0.95, "top_k": 200}),
@@ -62,6 +81,8 @@ KINDS: tuple[Kind, ...] = (
     Kind("chat, two choices", CHAT, {**_WARM, "n": 2}, is_long=True),
     Kind("chat, logprobs", CHAT, {**_WARM, "logprobs": True, "top_logprobs": 2}),
     Kind("chat, min_tokens and min_p", CHAT, {"min_tokens": 220, "max_tokens": 500, "temperature": 1.1, "min_p": 0.02}),
+    Kind("JSON by a schema", CHAT, {**_HELD, "response_format": {"type": "json_schema", "json_schema": _LIST}}),
+    Kind("regex, two choices", COMPLETIONS, {**_HELD, "n": 2, "structured_outputs": {"regex": "([a-z]{2,9} ){150}"}}),
     Kind("chat, stop string", CHAT, {**_WARM, "max_tokens": 400}, is_long=True, stops=True),
 )
 

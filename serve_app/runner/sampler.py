@@ -103,7 +103,7 @@ class Sampler:
             edited_RV = raw.logits_RV.index_select(0, torch.tensor(edited))
             for logits_V, row in zip(edited_RV.numpy(), edited, strict=True):
                 self._edits_of(sequences[row]).apply(logits_V, masks.get(row))
-            rows = _Rows.of(edited_RV)
+            rows = _Rows.of(edited_RV, are_edited=True)
             _refuse_bad_rows(rows, [sequences[row] for row in edited])
             for row, token_id in zip(edited, rows.best_ids.tolist(), strict=True):
                 token_ids[row] = token_id
@@ -184,8 +184,11 @@ class _Rows(NamedTuple):
     best: FloatArray
     """[R]: the largest logit; NaN if the row has one."""
 
+    are_edited: bool = False
+    """Some logits may be -inf."""
+
     @classmethod
-    def of(cls, logits_RV: torch.Tensor) -> _Rows:
+    def of(cls, logits_RV: torch.Tensor, *, are_edited: bool = False) -> _Rows:
         num_rows, vocab_size = logits_RV.shape
         in_full_blocks = vocab_size - vocab_size % BLOCK
         maxima = torch.empty(num_rows, -(-vocab_size // BLOCK))
@@ -200,7 +203,7 @@ class _Rows(NamedTuple):
         row_index = np.arange(num_rows)
         values = logits_RV.numpy()[row_index[:, None], ids]
         within = values.argmax(axis=1)
-        return cls(logits_RV, maxima.numpy(), ids[row_index, within], values[row_index, within])
+        return cls(logits_RV, maxima.numpy(), ids[row_index, within], values[row_index, within], are_edited)
 
     def select(self, rows: SequenceOf[int] | IntArray) -> _Rows:
         """Those rows, in that order; the logits are not copied if the rows follow each other."""
@@ -209,7 +212,7 @@ class _Rows(NamedTuple):
             logits = self.logits_RV[index[0] : index[-1] + 1]
         else:
             logits = self.logits_RV.index_select(0, torch.from_numpy(index))
-        return _Rows(logits, self.maxima_RN[index], self.best_ids[index], self.best[index])
+        return _Rows(logits, self.maxima_RN[index], self.best_ids[index], self.best[index], self.are_edited)
 
 
 def _refuse_bad_rows(rows: _Rows, sequences: SequenceOf[Sequence]) -> None:
@@ -426,7 +429,7 @@ def _weights(rows: _Rows, temperature: DoubleArray | None, min_p: DoubleArray | 
     torch.sub(rows.logits_RV, torch.from_numpy(rows.best)[:, None], out=weights[:, :vocab_size])
     if temperature is not None and (temperature != 1.0).any():
         weights.div_(torch.from_numpy(temperature.astype(np.float32))[:, None])
-    far = _far_rows(rows, temperature)
+    far = _far_rows(rows, weights[:, :vocab_size])
     for row in far:
         weights[row].clamp_(min=FAR)
     weights.exp_()
@@ -438,12 +441,13 @@ def _weights(rows: _Rows, temperature: DoubleArray | None, min_p: DoubleArray | 
     return blocks.numpy(), np.cumsum(blocks.sum(dim=2).numpy(), axis=1, dtype=np.float64)
 
 
-def _far_rows(rows: _Rows, temperature: DoubleArray | None) -> list[int]:
-    """Rows with a whole block below FAR, as a mask makes them. Their weights below SMALLEST_WEIGHT count as 0: torch takes
+def _far_rows(rows: _Rows, scaled_RV: torch.Tensor) -> list[int]:
+    """Edited rows with logits below FAR, as a mask makes them. Their weights below SMALLEST_WEIGHT count as 0: torch takes
     ten times as long for exp(-inf), and ninety times for what rounds to a denormal, as for any other number. It is the
     row alone that decides."""
-    lowest = (rows.maxima_RN.min(axis=1) - rows.best) / (1.0 if temperature is None else temperature)
-    return np.flatnonzero(lowest < FAR).tolist()
+    if not rows.are_edited:
+        return []
+    return [row for row, lowest in enumerate(scaled_RV.amin(dim=1).tolist()) if lowest < FAR]
 
 
 def _draw_from_all(rows: _Rows, draws: _Draws) -> IntArray:

@@ -613,25 +613,25 @@ def test_token_logprobs_refuses_nan() -> None:
 
 
 def test_what_a_mask_leaves_out_weighs_nothing_and_costs_its_row_no_bits() -> None:
-    """Rows with whole blocks out of reach go another way to their weights: the same one alone and in company."""
+    """Edited rows with logits out of reach go another way to their weights: the same one alone and in company."""
     generator = torch.Generator().manual_seed(7)
     logits = torch.randn(3, 1000, generator=generator) * 4
-    masked = torch.rand(1000, generator=generator) < 0.97
-    masked[128:256] = True
+    masked = torch.rand(1000, generator=generator) < 0.5
     logits[1, masked] = -torch.inf
-    logits[2, 640:704] = -95.0
+    logits[2, 640] = -105.0
     temperature = np.array([1.0, 0.7, 1.0])
-    rows = sampler_module._Rows.of(logits)
-    assert sampler_module._far_rows(rows, temperature) == [1, 2]
+    rows = sampler_module._Rows.of(logits, are_edited=True)
+    scaled = logits - logits.amax(1, keepdim=True)
+    assert sampler_module._far_rows(rows, scaled) == [1, 2]
+    assert sampler_module._far_rows(sampler_module._Rows.of(logits), scaled) == []
     weights, sums = sampler_module._weights(rows, temperature, None)
     flat = weights.reshape(3, -1)[:, :1000]
     assert np.array_equal(flat[1] == 0, masked.numpy())
-    assert (flat[2, 640:704] == 0).all()
+    assert flat[2, 640] == 0
     expected = np.exp((logits.double() - logits.double().amax(1, keepdim=True)).numpy() / temperature[:, None])
     assert np.allclose(flat, expected, rtol=1e-5, atol=1e-37)
     for row in range(3):
-        alone, alone_sums = sampler_module._weights(
-            sampler_module._Rows.of(logits[row : row + 1]), temperature[row : row + 1], None
-        )
+        one = sampler_module._Rows.of(logits[row : row + 1], are_edited=True)
+        alone, alone_sums = sampler_module._weights(one, temperature[row : row + 1], None)
         assert np.array_equal(alone[0], weights[row])
         assert np.array_equal(alone_sums[0], sums[row])
