@@ -1,4 +1,5 @@
-"""What the toy model learns second: to answer in JSON, and with one word. No model, no file.
+"""What the toy model is to learn second: to answer in JSON, and with one word. The bundled weights have not seen it
+(README.md says why). No model, no file.
 
 JSON is as ``json.dumps`` writes it. As in examples.py, every tenth key is held out.
 """
@@ -186,3 +187,20 @@ def brief(rng: Random) -> Example:
     text = text if rng.random() < 0.7 else text[:-1] + "!"
     form = rng.choice(("Is this positive or negative? {}", "Classify the sentiment: {}", "Positive or negative? {}"))
     return Example("brief", text[:-1], ((form.format(text), "positive" if is_good else "negative"),))
+
+
+def practised(rng: Random) -> Example:
+    """A row of short answers, half of them sums: with nothing said before, a result is learned slowly."""
+    turns: list[tuple[str, str]] = []
+    while len(turns) < 12:
+        what = rng.random()
+        if what < 0.25:
+            kind = json_result
+        elif what < 0.5:
+            kind = json_answer
+        else:
+            kind = brief
+        example = kind(rng)
+        if not example.is_held_out and not example.system:
+            turns += example.turns
+    return Example("chat", "", tuple(turns))
