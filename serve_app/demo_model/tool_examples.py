@@ -1,5 +1,5 @@
-"""What the toy model is to learn second: to call a tool where one fits, and to state what the tool answered. The bundled weights have not seen it
-(README.md says why). No model, no file.
+"""What the toy model is to learn second: to call a tool where one fits, and to state what the tool answered. The bundled
+weights have not seen it (README.md says why). No model, no file.
 
 A tool is offered as the JSON that clients send; a call and a result are written as the chat template writes them. As in
 examples.py, every tenth key is held out.
