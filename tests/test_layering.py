@@ -91,6 +91,7 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("replica/lease_table.py", CORE),
     # text, which sees requests and nothing else of the engine
     ("text/tokenizer.py", TEXT),
+    ("text/grammar_helper.py", TEXT),
     ("text/token_masks.py", TEXT),
     ("text/chat_template.py", TEXT),
     ("text/detokenizer.py", TEXT),
@@ -101,7 +102,6 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("text/pooling_config.py", TEXT),
     ("text/json_schema.py", TEXT),
     ("text/grammar.py", TEXT),
-    ("text/grammar_helper.py", TEXT),
     ("text/grammar_check.py", TEXT),
     ("text/reasoning_formats.py", TEXT),
     ("text/tool_reader.py", TEXT),

@@ -323,7 +323,9 @@ def test_a_request_that_kills_replicas_is_refused_alone(house: House) -> None:
         others = [pool.submit(ask, house, prompt, 150) for prompt in prompts]
         house.wait_until(lambda: all(one.engine.num_unfinished >= 4 for one in house.replicas))
         ids, reason, error = ask(house, [1] * len(POISON), 20)
-        assert (ids, reason, error["code"]) == ([97 + (5 + i) % 26 for i in range(5)], "", "replica_killer")
+        assert (reason, error["code"]) == ("", "replica_killer")
+        # The token before the end may go with each of the replicas, if its output was still on its way.
+        assert ids in ([97 + (5 + i) % 26 for i in range(num)] for num in (4, 5))
         assert [one.result() for one in others] == [(ids, "length", {}) for ids in expected]
         assert ask(house, [1, 2, 3], 4)[1] == "length"
         assert 'kind="replica_killers"} 1' in httpx.get(house.url + "/metrics").text

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,7 @@ class Nodes:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self._temp = tempfile.mkdtemp(prefix="nodes-", dir="/tmp")  # paths of sockets must be short
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self.address = f"127.0.0.1:{free_port(0)}"
         self._environ = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
@@ -56,6 +59,7 @@ class Nodes:
 
     def start(self, name: str, *, is_head: bool = False, **resources: float) -> None:
         where = ["--head", f"--port={self.address.rsplit(':')[1]}", "--include-dashboard=false"]
+        where += [f"--temp-dir={self._temp}"]  # else each ray.init after this test would look for this Ray
         if not is_head:
             where = [f"--address={self.address}"]
         given = ",".join(f'"{kind}": {amount}' for kind, amount in {**resources, name: 1.0}.items())
@@ -101,6 +105,7 @@ class Nodes:
             if child.is_running():
                 child.kill()
         psutil.wait_procs(trees, 10)
+        shutil.rmtree(self._temp, ignore_errors=True)
 
 
 class OnNodes(Service):
