@@ -186,8 +186,8 @@ def test_an_ingress_leaves_behind_rays_own_proxy(service: Service) -> None:
 
 @launched
 def test_the_model_changes_under_load(service: Service, tmp_path: Path) -> None:
-    """There and back. Each model has a router of its own. Who asks an old ingress after the old replicas have gone waits
-    in vain and is told; nobody who was shown a token loses his answer."""
+    """There and back. Each model has a router of its own. Who asks an old ingress after the old replicas have gone waits in
+    vain, and who asks a new one before the new model is loaded is told; nobody who was shown a token loses his answer."""
     args = copy.deepcopy(service.config["applications"][0]["args"])
     shutil.copytree(args["model"]["model"], tmp_path / "another")
     other = args | {"model": args["model"] | {"model": str(tmp_path / "another")}}
@@ -199,9 +199,11 @@ def test_the_model_changes_under_load(service: Service, tmp_path: Path) -> None:
                 stream.check()
         for stream in refused:
             assert stream.tokens == []
-            assert "status 429" in repr(stream.error)
-            assert "waited 30.0 s for a replica with room" in repr(stream.error)
-        assert len(refused) <= NUM_CLIENTS, "each client asks the new ones after that"
+            said = repr(stream.error)
+            assert ("status 429" in said and "overloaded" in said) or (
+                "status 503" in said and "is being loaded" in said
+            )
+        assert len(load.streams) - len(refused) >= 2 * MIN_IN_A_PHASE
         ask(service, 100)
         service.check_rest()
 
