@@ -10,9 +10,9 @@ Made like the other answers (see `answers`), of what TextStream and its parser m
     response.completed or response.incomplete, with the whole answer
 
 Reasoning ends where anything else begins. All of the answer's text is one message, which ends with the answer; so which
-items there are does not depend on how the tokens came. (Their order does in one case: text that comes only behind a call, and
-in the same push.) Ids follow from the request's. An error in the stream is an event
-`error`, in the shape of both: the typed event's, and OpenAI's error object, at which its client raises.
+items there are does not depend on how the tokens came. (Their order does in one case: text that comes only behind a call,
+and in the same push.) Ids follow from the request's. An error in the stream is an event `error`, in the shape of both: the
+typed event's, and OpenAI's error object, at which its client raises.
 """
 
 from __future__ import annotations
