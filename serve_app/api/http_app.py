@@ -297,13 +297,7 @@ async def _generate(face: Face, request: Request, kind: type[GenerationRequest])
     if remaining_ms is not None:
         remaining_ms -= (asyncio.get_running_loop().time() - received_at) * 1000.0
     generation = await service.start(asked, request_id, remaining_ms, resumable)
-    # Up to the first bytes an error still has a status of its own, and a client that goes away is noticed here.
-    answer = await until_disconnect(request.receive, _begin(generation, request_id))
-    if answer is None:
-        return Response(status_code=499)  # nobody reads it
-    if asked.request_id is not None:
-        answer.headers["x-request-id"] = asked.request_id
-    return answer
+    return await _answer(request, generation, request_id, asked.request_id)
 
 
 async def _respond(face: Face, request: Request) -> Response:
@@ -320,12 +314,7 @@ async def _respond(face: Face, request: Request) -> Response:
         generation = await face.service.start(asked.chat, request_id, remaining_ms, make=answer_maker(asked))
     except InvalidRequestError as error:
         raise asked.translated(error) from error
-    answer = await until_disconnect(request.receive, _begin(generation, request_id))
-    if answer is None:
-        return Response(status_code=499)  # nobody reads it
-    if asked.request_id is not None:
-        answer.headers["x-request-id"] = asked.request_id
-    return answer
+    return await _answer(request, generation, request_id, asked.request_id)
 
 
 async def _embed(face: Face, request: Request) -> Response:
@@ -340,6 +329,17 @@ async def _embed(face: Face, request: Request) -> Response:
         return Response(status_code=499)  # nobody reads it
     headers = {} if asked.request_id is None else {"x-request-id": asked.request_id}
     return Response(body, headers=headers, media_type="application/json")
+
+
+async def _answer(request: Request, generation: Generation, request_id: str, given_id: str | None) -> Response:
+    """``given_id``: what the body calls the request, if it does."""
+    # Up to the first bytes an error still has a status of its own, and a client that goes away is noticed here.
+    answer = await until_disconnect(request.receive, _begin(generation, request_id))
+    if answer is None:
+        return Response(status_code=499)  # nobody reads it
+    if given_id is not None:
+        answer.headers["x-request-id"] = given_id
+    return answer
 
 
 async def _begin(generation: Generation, request_id: str) -> Response:
