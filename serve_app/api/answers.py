@@ -227,6 +227,9 @@ class StreamedAnswer(Answer):
     """Server-sent events. A chat's choice begins with an event that holds the role alone."""
 
     media_type = "text/event-stream"
+    _ends_calls_apart = True
+    """The finish reason never stands in one event with a piece of a call: the openai package (2.x) would not tell its user
+    that the call is done, where that piece is the call's first."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -265,6 +268,9 @@ class StreamedAnswer(Answer):
             if parsed is not None and is_parsed:
                 content["delta"] |= self._parsed_delta(choice, parsed)
             chunk = self._chunk(choice, content, logprobs, token_ids, prompt_ids)
+            if choice.finish_reason is not None and self._ends_calls_apart and "tool_calls" in content.get("delta", ()):
+                events.append(_event(chunk))
+                chunk = self._chunk(choice, self._format.chunk_text(""), None, (), None)
             if choice.finish_reason is not None:
                 chunk["choices"][0] |= {"finish_reason": choice.finish_reason, "stop_reason": choice.stop_reason}
             events.append(_event(chunk))
@@ -314,6 +320,9 @@ class StreamedAnswer(Answer):
 
 class ResumableAnswer(StreamedAnswer):
     """Each event has an id that says what its reader has seen. ``keep``: of the stream. See `serve_app.api.resume`."""
+
+    _ends_calls_apart = False
+    """No id says that the last token has been shown and its end has not."""
 
     def __init__(self, resume_id: bytes, *args: Any) -> None:
         super().__init__(*args)

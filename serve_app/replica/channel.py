@@ -146,6 +146,7 @@ class Outputs:
     def _end_choice(self, choice_index: int) -> None:
         del self._keys[choice_index]
         if not self._keys:
+            self._accept()  # the reply to the submit may come later than its end, or never
             self._ended.set_result(None)
 
     def _accept(self) -> None:

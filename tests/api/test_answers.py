@@ -7,6 +7,7 @@ import random
 from typing import Any
 
 import pytest
+from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
@@ -14,7 +15,8 @@ from serve_app.api.answer_formats import TokenTexts
 from serve_app.api.answers import DONE, Answer, detokenize_body, make_answer, tokenize_body
 from serve_app.api.protocol import ChatCompletionRequest, CompletionRequest, EncodedPrompt
 from serve_app.engine.request import FinishReason, TokenLogprobs, TokenOutput
-from serve_app.text.text_stream import TextDelta
+from serve_app.text.output_parser import ToolCallDelta
+from serve_app.text.text_stream import Parsed, TextDelta
 from tests.api.abuses import chat, completion
 from tests.text.tokenizers_made import MAKERS, byte_ids, made
 
@@ -115,6 +117,31 @@ def test_the_events_of_a_chat() -> None:
         "prompt_tokens_details": {"cached_tokens": 2},
     }
     assert [chunk["usage"] for chunk in chunks] == [None, None, None, None, usage]
+
+
+@pytest.mark.parametrize("fields", [{}, {"return_token_ids": True, "logprobs": True}])
+def test_a_call_and_its_end_come_in_two_events(fields: dict[str, Any]) -> None:
+    """Also where all is there at once: the openai package tells nobody that a call is done that began with its end."""
+    answer = answer_for(parse("chat", stream=True, **fields))
+    calls = (ToolCallDelta(0, "f", "{}"), ToolCallDelta(1, "g", "{}"))
+    delta = TextDelta("I look.", 2, FinishReason.STOP, parsed=Parsed(tool_calls=calls, has_called=True))
+    logprobs = logprobs_of((8, 9), 0) if fields else None
+    chunks = events_of(answer.push(0, delta, output(0, (8, 9), logprobs=logprobs)))
+    role, called, ended = (chunk["choices"][0] for chunk in chunks)
+    assert role["delta"] == {"role": "assistant", "content": ""}
+    assert called["delta"]["content"] == "I look."
+    assert [call["function"] for call in called["delta"]["tool_calls"]] == [
+        {"name": "f", "arguments": "{}"},
+        {"name": "g", "arguments": "{}"},
+    ]
+    assert (called["finish_reason"], called.get("token_ids")) == (None, [8, 9] if fields else None)
+    assert len((called["logprobs"] or {"content": []})["content"]) == (2 if fields else 0)
+    assert (ended["delta"], ended["finish_reason"], ended["logprobs"]) == ({}, "tool_calls", None)
+    assert ended.get("token_ids") == ([] if fields else None)
+
+    state = ChatCompletionStreamState()
+    events = [event for chunk in chunks for event in state.handle_chunk(ChatCompletionChunk.model_validate(chunk))]
+    assert [event.name for event in events if event.type == "tool_calls.function.arguments.done"] == ["f", "g"]
 
 
 def test_the_events_of_a_completion() -> None:

@@ -161,8 +161,7 @@ def test_a_stream_put_together_is_the_whole_answer(house: House, text: str, fiel
 def test_arguments_come_as_they_are_written(house: House) -> None:
     chunks = ask(house, "one call", stream=True)
     pieces = [c["delta"]["tool_calls"][0] for chunk in chunks for c in chunk["choices"] if "tool_calls" in c["delta"]]
-    assert len(pieces) > 10
-    assert pieces[0]["function"]["name"] == "weather"
+    assert pieces[0]["function"]["name"] == "weather"  # how many pieces there are is the clock's choice
     assert "".join(piece["function"]["arguments"] for piece in pieces) == ARGUMENTS
 
 

@@ -252,6 +252,27 @@ def test_unacknowledged_messages_come_again_and_arrive_once() -> None:
     run_virtual(test)
 
 
+def test_a_request_that_has_ended_was_accepted_though_no_reply_says_so() -> None:
+    """Its channel ends with it here, before the reply to its submit has come."""
+
+    async def test() -> None:
+        async with Service(options=ChannelOptions(stream_messages=12)) as service:
+            call = service.transport.call
+
+            async def late(replica_id: str, method: str, *args: Any) -> Any:
+                result = await call(replica_id, method, *args)
+                if method == "submit_all":
+                    await asyncio.Event().wait()
+                return result
+
+            service.transport.call = late  # type: ignore[method-assign]
+            ingress = service.ingress()
+            outputs = await ingress.submit("replica0", simple_request("a", max_tokens=12), 20)
+            check_tokens(simple_request("a", max_tokens=12), await collect(outputs))
+
+    run_virtual(test)
+
+
 def test_a_hub_sends_from_the_number_it_is_asked_for() -> None:
     async def test() -> None:
         async with Service() as service:
