@@ -81,6 +81,7 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("engine/step_record.py", CORE),
     ("engine/scheduler.py", CORE),
     ("engine/engine.py", CORE),
+    ("engine/recent_steps.py", CORE),
     ("engine/compiling.py", CORE),
     ("engine/async_engine.py", CORE),
     ("engine/simulated_runner.py", CORE),
