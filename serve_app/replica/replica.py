@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import contextvars
 import os
+import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -21,6 +22,7 @@ from ray import serve
 from serve_app import logs
 from serve_app.config import ServeArgs
 from serve_app.engine.async_engine import AsyncEngine
+from serve_app.engine.recent_steps import recent_steps
 from serve_app.engine.request import GenerateRequest
 from serve_app.errors import RaggedServeError
 from serve_app.replica.autoscaling import COMMITTED, POOL, QUEUED
@@ -103,6 +105,12 @@ class Replica:
 
     async def ping(self) -> None:
         """The process lives: see RayTransport."""
+
+    # ---- looking at it -------------------------------------------------------------------------------------------
+
+    async def recent_steps(self, after: int, limit: int) -> dict[str, Any]:
+        """For the page, while somebody looks: `serve_app.engine.recent_steps`."""
+        return recent_steps(self.engine.engine, after, limit, time.time() * 1000.0)
 
     # ---- Ray Serve's hooks ---------------------------------------------------------------------------------------
 

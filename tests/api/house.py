@@ -24,6 +24,7 @@ from serve_app.api.service import ServedModel, Service
 from serve_app.config import IngressUserConfig, ServeArgs
 from serve_app.engine.async_engine import AsyncEngine
 from serve_app.engine.engine import Engine
+from serve_app.engine.recent_steps import recent_steps
 from serve_app.metrics import render
 from serve_app.replica.channel import Channels
 from serve_app.replica.kept import KeptRequests
@@ -64,6 +65,9 @@ class Replica:
             look_seconds=0.01,
         )
         self.reporter = asyncio.get_running_loop().create_task(reporter.run())
+
+    async def recent_steps(self, after: int, limit: int) -> dict[str, Any]:
+        return recent_steps(self.engine.engine, after, limit, time.time() * 1000.0)
 
 
 class House:
@@ -177,6 +181,7 @@ class House:
             replica = Replica(f"replica{i}", self._make_engine(self.args), self)
             self.replicas.append(replica)
             self.transport.hubs[replica.replica_id] = replica.hub
+            self.transport.replicas[replica.replica_id] = replica
         self.model: ServedModel = load_served_model(self.args)
         self.client, self.channels, self.service = self.make_client("ingress0")
         draining = Draining(

@@ -200,6 +200,8 @@ class FakeTransport:
         self.rng = rng
         self.trouble = trouble or Trouble()
         self.hubs: dict[str, ChannelHub] = {}
+        self.replicas: dict[str, Any] = {}
+        """By id, what has the methods of a replica that are not its hub's."""
         self.counts: Counter[str] = Counter()
         self.hold: Callable[[str, str], bool] = lambda replica_id, method: False
         """Calls and streams that hang for which this is true when they are made."""
@@ -280,7 +282,9 @@ class FakeTransport:
         return self.hubs[replica_id]
 
     async def _execute(self, replica_id: str, method: str, args: tuple[Any, ...]) -> Any:
-        result = getattr(self._hub(replica_id), method)(*pickle.loads(pickle.dumps(args)))
+        hub = self._hub(replica_id)
+        target = hub if hasattr(hub, method) else self.replicas[replica_id]
+        result = getattr(target, method)(*pickle.loads(pickle.dumps(args)))
         return await result if inspect.isawaitable(result) else result
 
     async def _repeat(self, replica_id: str, method: str, args: tuple[Any, ...]) -> None:
