@@ -43,7 +43,7 @@ TEXT_PACKAGES = frozenset({"numpy", "tokenizers", "jinja2", "huggingface_hub", "
 DEVICE_PACKAGES = frozenset(
     {"numpy", "torch", "triton", "numba", "llvmlite", "safetensors", "huggingface_hub", "transformers", "tqdm"}
 )
-SERVICE_PACKAGES = frozenset({"ray", "grpc", "pydantic", "pydantic_core", "fastapi", "starlette"})
+SERVICE_PACKAGES = frozenset({"ray", "grpc", "pydantic", "pydantic_core", "fastapi", "starlette", "prometheus_client"})
 
 CORE = Room("core", frozenset({"numpy"}), CORE_FILES)
 TEXT = Room("text", TEXT_PACKAGES, ("errors.py", "logs.py", "engine/request.py", "text/*.py"))
@@ -76,6 +76,7 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("engine/config.py", CORE),
     ("engine/request.py", CORE),
     ("engine/pooling.py", CORE),
+    ("engine/totals.py", CORE),
     ("engine/sequence.py", CORE),
     ("engine/block_pool.py", CORE),
     ("engine/step_record.py", CORE),

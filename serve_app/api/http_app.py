@@ -49,6 +49,7 @@ from serve_app.errors import (
     RaggedServeError,
 )
 from serve_app.logs import get_logger
+from serve_app.metrics import CONTENT_TYPE
 
 logger = get_logger(__name__)
 
@@ -437,9 +438,9 @@ def _add_routes(app: FastAPI, face: Face) -> None:
         status = face.service.status
         return JSONResponse({"status": status}, 200 if status == "ready" else 503)
 
-    @app.get("/metrics", tags=["server"], summary="The ledger and its replicas in Prometheus text")
+    @app.get("/metrics", tags=["server"], summary="The whole deployment in Prometheus text")
     async def metrics() -> PlainTextResponse:
-        return PlainTextResponse(await face.metrics(), media_type="text/plain; version=0.0.4")
+        return PlainTextResponse(await face.metrics(), media_type=CONTENT_TYPE)
 
     @app.get("/version", tags=["server"], summary="The version of this server")
     async def show_version() -> JSONResponse:

@@ -86,7 +86,9 @@ class Ingress:
         self.router.set_options(config.router.to_ledger_options(), int(time.time() * 1000))
 
     async def metrics(self) -> str:
-        return render(await self.router.look("snapshot"), self.ingress_id, self.service.failover.counters)
+        snapshot = await self.router.look("snapshot")
+        counts = {"stream_events": {(kind,): n for kind, n in self.service.failover.counters.items()}}
+        return render({**snapshot, "ingress_counts": counts}, self.service.model.names[0])
 
     async def describe(self) -> dict[str, Any]:
         """What it has in hand, for tests and inspection."""

@@ -161,7 +161,9 @@ class House:
         self.router.ledger._grace_seconds = 0.1
 
     async def metrics(self) -> str:
-        return render(await self.client.look("snapshot"), "ingress0", self.service.failover.counters)
+        snapshot = await self.client.look("snapshot")
+        counts = {"stream_events": {(kind,): n for kind, n in self.service.failover.counters.items()}}
+        return render({**snapshot, "ingress_counts": counts}, self.model.names[0])
 
     def make_client(self, name: str) -> tuple[RouterClient, Channels, Service]:
         client = RouterClient(self, name, lambda: list(self.transport.hubs), away_seconds=0.2, seed=0)
