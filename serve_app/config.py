@@ -36,6 +36,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from serve_app.engine.config import EngineConfig
 from serve_app.engine.request import MAX_N, MAX_STOP_STRINGS
 from serve_app.errors import ConfigurationError
+from serve_app.logs import LogOptions
 from serve_app.routing.ledger import LedgerOptions
 
 IMPORT_PATH = "serve_app.app:build"
@@ -304,6 +305,10 @@ class ApiArgs(Options):
     cors_origins: list[Text] = []
     """Origins whose pages may call the API from a browser, such as https://example.org, or "*". Empty: CORS is off."""
 
+    explain: bool = False
+    """Answer GET /v1/requests/{id}/explain: where a recent request ran and why, and what it waited for. Costs little time,
+    and some 50 MB in each process of a busy server."""
+
     @field_validator("cors_origins")
     @classmethod
     def _are_origins(cls, origins: list[str]) -> list[str]:
@@ -369,6 +374,19 @@ class ResumeArgs(Options):
     """Tokens of all of them; each reported log-probability counts as one more. Some 40 to 100 bytes each."""
 
 
+class LogArgs(Options):
+    """What every process of the server logs, to its stderr."""
+
+    format: Literal["text", "json"] = "text"
+    """json: one object a line, with the process and, where the line is about one request, its id."""
+
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Of the router and of each Replica; an Ingress has log_level. DEBUG: some lines for each request."""
+
+    def to_log_options(self) -> LogOptions:
+        return LogOptions(self.format, self.level)
+
+
 class ServeArgs(Options):
     """``args`` of the application. A changed value restarts every deployment."""
 
@@ -386,6 +404,9 @@ class ServeArgs(Options):
 
     resume: ResumeArgs = ResumeArgs()
     """Streams that their clients may resume."""
+
+    log: LogArgs = LogArgs()
+    """What the processes log."""
 
     @model_validator(mode="before")
     @classmethod
@@ -491,6 +512,9 @@ class IngressUserConfig(Options):
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Level of the Ingress's log."""
+
+    log_requests: bool = True
+    """One line at INFO for each request that ends: how, where, how long, how many tokens. Never what it says."""
 
     @model_validator(mode="before")
     @classmethod

@@ -483,7 +483,7 @@ def test_the_reference_names_every_option_once(capsys: pytest.CaptureFixture[str
             else:
                 assert len(found) == 1
                 assert all(cell.strip() for cell in found[0].strip("|").replace("\\|", "").split("|"))
-    assert text.count("#### ") == len(groups) == 11
+    assert text.count("#### ") == len(groups) == 12
     assert "| `seed` | integer >= 0, <= 18446744073709551615 | `0` | Seeds dummy weights," in text
     assert '| `policy` | `reserve` or `expect` | `"expect"` | What a request books. reserve:' in text
 

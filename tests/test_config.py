@@ -70,6 +70,7 @@ def test_every_group_is_found() -> None:
         "ApiArgs",
         "DrainArgs",
         "ResumeArgs",
+        "LogArgs",
         "IngressUserConfig",
         "RouterOptions",
         "LimitOptions",

@@ -90,6 +90,8 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("engine/timeline.py", CORE),
     ("routing/estimates.py", CORE),
     ("routing/ledger.py", CORE),
+    ("routing/decisions.py", CORE),
+    ("routing/inquiries.py", CORE),
     ("replica/lease_table.py", CORE),
     # text, which sees requests and nothing else of the engine
     ("text/tokenizer.py", TEXT),

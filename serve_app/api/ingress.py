@@ -40,10 +40,13 @@ class Ingress:
         self.args = ServeArgs.parse(args)
         context = serve.get_replica_context()
         self.ingress_id = context.replica_id.unique_id
+        log_options = self.args.log.to_log_options()
+        logs.configure("ingress", self.ingress_id, log_options)
         self.max_body_bytes = IngressUserConfig().limits.max_body_bytes
         self.router = RouterClient(
-            RayRouter(context.app_name, self.args.model.key), self.ingress_id, replica_set.current
+            RayRouter(context.app_name, self.args.model.key, log_options), self.ingress_id, replica_set.current
         )
+        self.router.set_logs(log_options)
         self.channels = Channels(RayTransport(replicas), self.ingress_id)
         model = await asyncio.to_thread(load_served_model, self.args)
         self.service = Service(model, self.router, self.channels, lambda: self.router.state)

@@ -50,6 +50,7 @@ class Replica:
         context = serve.get_replica_context()
         self.replica_id = context.replica_id.unique_id
         parsed = ServeArgs.parse(args)
+        logs.configure("replica", self.replica_id, parsed.log.to_log_options())
         engine = await asyncio.to_thread(load_engine, parsed)
         self.engine = AsyncEngine(engine)
         self.engine.start()
@@ -59,7 +60,7 @@ class Replica:
         kept = KeptRequests(resume.keep_seconds, resume.max_requests, resume.max_tokens)
         self.hub = ChannelHub(self.engine, self.table, loop, kept=kept)
         fingerprint: str = getattr(engine.runner, "fingerprint", "simulated")
-        router = RayRouter(context.app_name, parsed.model.key)
+        router = RayRouter(context.app_name, parsed.model.key, parsed.log.to_log_options())
         departure.is_leaving()  # raises here, and not in the middle of a drain
         self._reporter = Reporter(
             router,

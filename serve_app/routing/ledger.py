@@ -25,9 +25,9 @@ import heapq
 import math
 from bisect import bisect_left, insort
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from serve_app.errors import (
     ConfigurationError,
@@ -212,6 +212,41 @@ class LedgerOptions:
         )
 
 
+# --------------------------------------------------------------------------------------------------- for who looks on
+
+
+class ReplicaView(NamedTuple):
+    """One replica, as a choice saw it."""
+
+    num_free_tokens: int
+    """Of its pool, before the booking. Negative after growth past the pool."""
+    num_needed_tokens: int | None
+    """What would be booked. None: it can never hold the request."""
+    num_free_places: int
+    """Sequences that it may be granted, one more for some that its steps hold included."""
+    num_cached_tokens: int
+    """Length of the prompt's prefix that was granted to it and not pushed out since."""
+    fingerprint: str
+    """Of its numerics."""
+    left_out: str | None
+    """Why it could not be chosen: draining, silent, excluded (the request was lost there), too_small, budget, places, held
+    (for a request that was passed over too often), other_numerics. None: it fits."""
+
+    @property
+    def num_tokens_left(self) -> int:
+        """Free after the booking."""
+        return self.num_free_tokens - (self.num_needed_tokens or 0)
+
+
+class Watch(Protocol):
+    """Hears what the ledger sees while it decides; decides nothing. ``now``: as everywhere."""
+
+    def waits(self, request_id: str, cause: str, now: float) -> None:
+        """``cause``: budget, places, fairness (others are before it, or a replica is held for one), no_replica."""
+
+    def granted(self, request: LeaseRequest, replica_id: str, views: Mapping[str, ReplicaView], now: float) -> None: ...
+
+
 # ----------------------------------------------------------------------------------------------------------- the books
 
 
@@ -259,10 +294,15 @@ class _Replica:
     def num_free_blocks(self) -> int:
         return self.report.num_blocks - self.num_booked_blocks
 
+    @property
+    def num_free_places(self) -> int:
+        """Sequences that it may still be granted."""
+        most = self.report.max_num_seqs
+        return most + max(1, most // STANDBY_SHARE) - self.num_booked_seqs
+
     def has_place(self, num_choices: int) -> bool:
         """For so many sequences more. For a request of more than a step holds: if there is nothing else."""
-        most = self.report.max_num_seqs
-        return self.num_booked_seqs + min(num_choices, most) <= most + max(1, most // STANDBY_SHARE)
+        return min(num_choices, self.report.max_num_seqs) <= self.num_free_places
 
 
 @dataclass(slots=True, eq=False)
@@ -311,6 +351,8 @@ class Ledger:
         self.epoch = epoch
         self.is_rebuilding = rebuilding
         self.counters: Counter[str] = Counter()
+        self.watch: Watch | None = None
+        """May come and go at any time."""
         self._grace_seconds = grace_seconds
         self._rebuilt_at: float | None = None
         self._awaited: set[str] = set()
@@ -695,6 +737,8 @@ class Ledger:
         end, the request fits its whole pool, so its turn comes; the other replicas go on serving those behind it.
         """
         if self.is_rebuilding or not self._queue:
+            if self.watch is not None:
+                self._say_who_waits(0, "no_replica")
             return
         candidates = {i: replica for i, replica in self._replicas.items() if self._is_open(replica)}
         passed: list[_Waiting] = []
@@ -704,17 +748,66 @@ class Ledger:
             found = None if entry.seen_room == self._room else self._choose(entry.request, candidates)
             if found is not None:
                 self._leave_queue(entry)
+                if self.watch is not None:
+                    self.watch.granted(entry.request, found[0], self._views(entry.request, candidates), self._now)
                 self._grant(entry.request, *found)
                 for other in passed:
                     other.num_skipped += 1
                     if other.num_skipped == MAX_SKIPS:
                         self._hold(other, candidates)
             else:
+                if self.watch is not None and entry.seen_room != self._room:
+                    cause = _cause_of(self._views(entry.request, candidates))
+                    self.watch.waits(entry.request.request_id, cause, self._now)
                 entry.seen_room = self._room
                 passed.append(entry)
                 i += 1
                 if entry.num_skipped >= MAX_SKIPS:
                     self._hold(entry, candidates)
+        if self.watch is not None:
+            self._say_who_waits(i, "fairness" if self._has_open_replica else "no_replica")
+
+    def _say_who_waits(self, first: int, cause: str) -> None:
+        """Of those that were not looked at."""
+        assert self.watch is not None
+        for entry in self._queue[first:]:
+            self.watch.waits(entry.request.request_id, cause, self._now)
+
+    def _views(self, request: LeaseRequest, candidates: Mapping[str, _Replica]) -> dict[str, ReplicaView]:
+        """What `_choose` sees, for the watch."""
+        views = {}
+        for replica_id, replica in self._replicas.items():
+            report = replica.report
+            need = self._booking(request, report)
+            left_out = None
+            if report.is_draining:
+                left_out = "draining"
+            elif not self._is_open(replica):
+                left_out = "silent"
+            elif replica_id in request.not_on:
+                left_out = "excluded"
+            elif need is None:
+                left_out = "too_small"
+            elif need > replica.num_free_blocks:
+                left_out = "budget"
+            elif not replica.has_place(request.num_choices):
+                left_out = "places"
+            elif replica_id not in candidates:
+                left_out = "held"
+            views[replica_id] = ReplicaView(
+                replica.num_free_blocks * report.block_size,
+                None if need is None else need * report.block_size,
+                replica.num_free_places,
+                self._num_cached_tokens(request, replica),
+                report.fingerprint,
+                left_out,
+            )
+        wanted = request.fingerprint
+        if wanted is not None and any(v.left_out is None and v.fingerprint == wanted for v in views.values()):
+            for replica_id, view in views.items():
+                if view.left_out is None and view.fingerprint != wanted:
+                    views[replica_id] = view._replace(left_out="other_numerics")
+        return views
 
     def _hold(self, entry: _Waiting, candidates: dict[str, _Replica]) -> None:
         """Takes one replica out of ``candidates``: the one held for it before, else the freest that can ever hold it."""
@@ -972,6 +1065,10 @@ class Ledger:
     # ------------------------------------------------------------------------------------------------ looking at it
 
     @property
+    def num_queued_requests(self) -> int:
+        return len(self._queue)
+
+    @property
     def num_queued_tokens(self) -> int:
         """Prompt and output tokens of all waiting requests."""
         return self._num_queued_tokens
@@ -1065,6 +1162,13 @@ class Ledger:
 
 def _order(entry: _Waiting) -> tuple[int, bool, int]:
     return entry.order
+
+
+def _cause_of(views: Mapping[str, ReplicaView]) -> str:
+    """What a request waits for that fits nowhere: the least that would do."""
+    left_out = {view.left_out for view in views.values()}
+    causes = {"held": "fairness", "places": "places", "budget": "budget"}
+    return next((cause for why, cause in causes.items() if why in left_out), "no_replica")
 
 
 def _pool_tokens(report: ReplicaReport) -> int:

@@ -15,15 +15,16 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 
+from serve_app import logs
 from serve_app.errors import RaggedServeError
-from serve_app.logs import get_logger
+from serve_app.logs import LogOptions, get_logger
 from serve_app.routing.router import Router
 from serve_app.routing.router_client import RouterUnavailableError
 
 logger = get_logger(__name__)
 
 NAMESPACE = "ragged-serve"
-PROTOCOL = 2
+PROTOCOL = 3
 """Changes with any change of what crosses processes here: two versions of the code then have two routers."""
 IDLE_SECONDS = 60.0
 """Without a call for so long the application is gone, and the router ends itself."""
@@ -32,11 +33,16 @@ IDLE_SECONDS = 60.0
 class RouterActor(Router):
     """`Router` as a Ray actor."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, log_options: LogOptions) -> None:
+        self._name = name
+        logs.configure("router", name, log_options)
         # Milliseconds since 1970: higher in each life, wherever it is started.
         super().__init__(epoch=int(time.time() * 1000))
         self._idle_check: asyncio.Task[None] | None = None
         logger.info("%s, epoch %d", name, self.ledger.epoch)
+
+    async def set_logs(self, options: LogOptions) -> None:
+        logs.configure("router", self._name, options)
 
     def _called(self) -> float:
         if self._idle_check is None:
@@ -55,7 +61,7 @@ def actor_name(app_name: str, model_key: str) -> str:
     return f"router:{app_name}:{model_key}:v{PROTOCOL}"
 
 
-def connect(name: str) -> Any:
+def connect(name: str, log_options: LogOptions) -> Any:
     """The handle of the router of that name, which is made if there is none. May block for a while."""
     return (
         ray.remote(RouterActor)
@@ -68,15 +74,16 @@ def connect(name: str) -> Any:
             num_cpus=0,
             max_concurrency=1000,
         )
-        .remote(name)
+        .remote(name, log_options)
     )
 
 
 class RayRouter:
     """RouterSeam over the actor: looked up by `connect` on a thread of its own, since a lookup may block."""
 
-    def __init__(self, app_name: str, model_key: str) -> None:
+    def __init__(self, app_name: str, model_key: str, log_options: LogOptions) -> None:
         self._name = actor_name(app_name, model_key)
+        self._log_options = log_options
         self._handle: Any = None
         self._lookup: asyncio.Task[Any] | None = None
 
@@ -103,6 +110,6 @@ class RayRouter:
         """One lookup at a time, which goes on when its caller gives up."""
         if self._lookup is None or self._lookup.done():
             self._lookup = asyncio.get_running_loop().create_task(
-                asyncio.to_thread(connect, self._name), context=contextvars.Context()
+                asyncio.to_thread(connect, self._name, self._log_options), context=contextvars.Context()
             )
         return await asyncio.shield(self._lookup)

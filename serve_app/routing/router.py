@@ -5,6 +5,7 @@
               tell(settled, withdrawn, ...) -> RouterState                       one call in flight; at least every second
     replica   report(its table, whether it drains) -> what waits                 a few times a second
     launcher  close(seconds)                                                     when the server ends
+    explain   listen, inquire, answer (inquiries.py), decisions                  where api.explain is set
 
 A plain class on one event loop, which ray_router.py makes an actor of. A new one grants nothing until replicas had time to
 report.
@@ -13,13 +14,19 @@ report.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from serve_app.errors import RaggedServeError
+from serve_app.logs import LogOptions, about_stream, get_logger
+from serve_app.routing.decisions import Decisions
+from serve_app.routing.inquiries import Answers, Inquiries
 from serve_app.routing.ledger import Lease, LeaseRequest, Ledger, LedgerOptions, ReplicaReport
+
+logger = get_logger(__name__)
 
 GRACE_SECONDS = 1.5
 """A new router waits so long for reports before it grants: replicas report four times a second."""
@@ -67,6 +74,9 @@ class Router:
         self._arrived = asyncio.Event()
         """Something came into some mailbox."""
         self._timer: asyncio.TimerHandle | None = None
+        self._inquiries = Inquiries(clock)
+        self._decisions: Decisions | None = None
+        """Kept while somebody listens: only then will anybody ask."""
 
     # ---- ingress -------------------------------------------------------------------------------------------------
 
@@ -75,14 +85,18 @@ class Router:
         now = self._called()
         answers: list[Answer | None] = []
         for request in requests:
+            if self._decisions is not None:
+                self._decisions.asked(request.request_id, now)
             try:
                 lease = self.ledger.request(request, now)
             except RaggedServeError as error:
                 answers.append(error)
+                self._note(request.request_id, error)
                 continue
             answers.append(lease)
             if lease is None:
                 self._holder_of[request.request_id] = request.holder_id
+            self._note(request.request_id, lease)
         self._deliver()
         return answers
 
@@ -116,9 +130,13 @@ class Router:
         for request_id in withdrawn:
             self._holder_of.pop(request_id, None)
             self.ledger.withdraw(request_id)
+            if self._decisions is not None:
+                self._decisions.ended(request_id, "withdrawn", now)
         for replica_id in lost_replicas:
             self.ledger.forget_replica(replica_id, now)
         self._deliver()
+        if self._decisions is not None and not self._inquiries.has_listeners():
+            self._decisions = self.ledger.watch = None
         return self._state()
 
     async def set_options(self, options: LedgerOptions, version: int) -> bool:
@@ -127,6 +145,31 @@ class Router:
         taken = self.ledger.set_options(options, version)
         self._deliver()
         return taken
+
+    async def set_logs(self, options: LogOptions) -> None:
+        """How this process is to log. An actor does so; a router inside another process leaves that process's logs alone."""
+
+    # ---- explaining ----------------------------------------------------------------------------------------------
+
+    async def listen(self, holder_id: str) -> list[tuple[int, Any]]:
+        """See Inquiries. While anybody listens decisions are kept."""
+        self._called()
+        if self._decisions is None:
+            self._decisions = self.ledger.watch = Decisions(lambda: time.time() * 1000.0)
+        return await self._inquiries.listen(holder_id)
+
+    async def inquire(self, question: Any) -> Answers:
+        """What all ingresses that listen answer."""
+        self._called()
+        return await self._inquiries.inquire(question)
+
+    async def answer(self, number: int, holder_id: str, answer: Any) -> None:
+        self._called()
+        self._inquiries.answer(number, holder_id, answer)
+
+    async def decisions(self, request_ids: list[str]) -> dict[str, dict[str, Any]]:
+        """See Decisions.tell."""
+        return {} if self._decisions is None else self._decisions.tell(request_ids, self._called())
 
     # ---- replica -------------------------------------------------------------------------------------------------
 
@@ -166,6 +209,7 @@ class Router:
         """Puts what the queue gives now into the mailboxes, and comes back when the ledger's next event is due."""
         now = self._clock()
         for request_id, answer in self.ledger.grants(now):
+            self._note(request_id, answer)
             holder_id = self._holder_of.pop(request_id, None)
             if holder_id is not None:
                 self._mailboxes.setdefault(holder_id, []).append((request_id, answer))
@@ -176,6 +220,20 @@ class Router:
         due = self.ledger.next_event_at(now)
         if due is not None:
             self._timer = asyncio.get_running_loop().call_later(max(0.01, due - now), self._deliver)
+
+    def _note(self, request_id: str, answer: Answer | None) -> None:
+        """Says what became of a request: a line at DEBUG, and the error for who keeps decisions."""
+        if isinstance(answer, RaggedServeError) and self._decisions is not None:
+            self._decisions.ended(request_id, answer.code, self._clock())
+        if not logger.isEnabledFor(logging.DEBUG):
+            return
+        if answer is None:
+            logger.debug("queued", extra=about_stream(request_id, num_queued=self.ledger.num_queued_requests))
+        elif isinstance(answer, Lease):
+            fields = {"replica": answer.replica_id, "lease": answer.lease_id, "tokens": answer.num_tokens}
+            logger.debug("granted", extra=about_stream(request_id, **fields))
+        else:
+            logger.debug("refused: %s", answer, extra=about_stream(request_id, code=answer.code))
 
     def _state(self) -> RouterState:
         snapshot = self.ledger.snapshot()

@@ -20,7 +20,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple, Protocol
 
 from serve_app.errors import DeadlineExceededError, EngineUnavailableError, ServerDrainingError
-from serve_app.logs import get_logger
+from serve_app.logs import LogOptions, get_logger
 from serve_app.routing.ledger import Lease, LeaseRequest, LedgerOptions, num_blocks_for
 from serve_app.routing.router import Answer, RouterState, Settled
 
@@ -99,6 +99,9 @@ class RouterClient:
         self._options: tuple[LedgerOptions, int] | None = None
         self._told_options: tuple[int, int] | None = None
         """Epoch and version that the router has."""
+        self._logs: LogOptions | None = None
+        self._told_logs: int | None = None
+        """Epoch of the router that has heard of them."""
         self._has_new = asyncio.Event()
         self._has_news = asyncio.Event()
         """There is something to tell."""
@@ -172,14 +175,22 @@ class RouterClient:
         self._options = options, version
         self._has_news.set()
 
+    def set_logs(self, options: LogOptions) -> None:
+        """The same for how its process logs: a router outlives the configuration that it was made with."""
+        self._logs = options
+
+    def listen(self, answer: Callable[[Any], Any]) -> None:
+        """From now on ``answer`` is asked what any ingress inquires of all."""
+        self._spawn(self._listen_forever(answer))
+
     async def has_answered(self) -> None:
         """Returns when the router has answered once."""
         await self._answered.wait()
 
-    async def look(self, method: str) -> Any:
-        """`Router.snapshot` or `Router.books`. Raises EngineUnavailableError."""
+    async def look(self, method: str, *args: Any) -> Any:
+        """One of `Router`'s methods that change nothing. Raises EngineUnavailableError."""
         try:
-            return await self._call(CALL_SECONDS, method)
+            return await self._call(CALL_SECONDS, method, *args)
         except RouterUnavailableError as error:
             raise EngineUnavailableError(f"the router does not answer: {error}") from error
 
@@ -314,6 +325,17 @@ class RouterClient:
             for request_id, answer in answers:
                 self._resolve(request_id, answer)
 
+    async def _listen_forever(self, answer: Callable[[Any], Any]) -> None:
+        while True:
+            try:
+                for number, question in await self._call(POLL_CALL_SECONDS, "listen", self.holder_id):
+                    await self._call(CALL_SECONDS, "answer", number, self.holder_id, answer(question))
+            except RouterUnavailableError:
+                await asyncio.sleep(PAUSE_SECONDS)
+            except Exception:
+                logger.exception("a question of another ingress could not be answered")
+                await asyncio.sleep(PAUSE_SECONDS)
+
     async def _tell_forever(self) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
@@ -340,6 +362,9 @@ class RouterClient:
             options, version = self._options
             await self._call(CALL_SECONDS, "set_options", options, version)
             self._told_options = state.epoch, version
+        if self._logs is not None and self._told_logs != state.epoch:
+            await self._call(CALL_SECONDS, "set_logs", self._logs)
+            self._told_logs = state.epoch
         if epoch is not None and state.epoch != epoch:
             self.counters["router_lives"] += 1
             logger.warning("the router has begun a new life, epoch %d", state.epoch)
