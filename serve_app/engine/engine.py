@@ -15,6 +15,7 @@ from serve_app.engine.pooling import Pooled
 from serve_app.engine.request import GenerateRequest, TokenLogprobs, TokenOutput
 from serve_app.engine.scheduler import Key, Scheduler, SchedulerOutput
 from serve_app.engine.step_record import StepRecord, StepRecorder
+from serve_app.engine.totals import Counts
 from serve_app.errors import DeviceLostError, RaggedServeError, StepFailedError
 
 
@@ -132,6 +133,19 @@ class Engine:
     def has_work(self) -> bool:
         return self.scheduler.has_work or bool(self._in_flight)
 
+    def counts(self) -> Counts:
+        """What it has done since it started, and what it holds now; for metrics. From any thread."""
+        scheduler, pool = self.scheduler, self.scheduler.pool
+        num_used_blocks = pool.num_used_blocks
+        return {
+            **scheduler.totals.counts(),
+            "preemptions": {(): scheduler.num_preemptions},
+            "prefix_queries": {(): scheduler.num_prefix_queries},
+            "prefix_hits": {(): scheduler.num_prefix_hits},
+            "num_used_blocks": {(): num_used_blocks},
+            "kv_cache_usage": {(): num_used_blocks / pool.num_blocks},
+        }
+
     def step(self) -> list[TokenOutput]:
         """Launches one step if there is something to run, and reads the oldest one once enough are in flight.
 
@@ -193,6 +207,7 @@ class Engine:
             record.seconds["wait"] = waited - started
             record.seconds["update"] = self.clock() - waited
         self.recorder.append(record)
+        self.scheduler.totals.add_step(record)
         return outputs
 
     def _run_alone(self, plan: SchedulerOutput, error: Exception) -> list[TokenOutput]:

@@ -26,6 +26,7 @@ from serve_app.engine.pooling import Pooled, vector_of
 from serve_app.engine.request import MAX_N, FinishReason, GenerateRequest, TokenLogprobs, TokenOutput
 from serve_app.engine.sequence import Sequence, SequenceStatus
 from serve_app.engine.step_record import SequenceStep
+from serve_app.engine.totals import EngineTotals
 from serve_app.errors import (
     ContextLengthError,
     DeadlineExceededError,
@@ -134,6 +135,9 @@ class Scheduler:
         self.num_prefix_queries = 0
         self.num_prefix_hits = 0
         """Prompt tokens looked up in, and found in, the prefix cache."""
+        self.totals = EngineTotals()
+        self._now = 0.0
+        """Of the last `schedule`."""
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._deadlines: list[tuple[float, tuple[int, int, int], Sequence]] = []
         self._num_arrivals = 0
@@ -245,6 +249,8 @@ class Scheduler:
             if added:
                 sequence.leader = added[0]
                 added[0].followers.append(sequence)
+            else:
+                sequence.queued_at = now
             if sequence.deadline is not None:
                 heapq.heappush(self._deadlines, (sequence.deadline, sequence.order, sequence))
             self.sequences[sequence.key] = sequence
@@ -278,6 +284,7 @@ class Scheduler:
 
     def schedule(self, now: float = 0.0) -> SchedulerOutput | None:
         """The plan of the next step, or None if nothing can run. ``now``: monotonic seconds, for deadlines."""
+        self._now = now
         self._expire(now)
         plan = SchedulerOutput([], 0)
         self._make_room(plan)
@@ -323,6 +330,7 @@ class Scheduler:
         """
         outputs: list[TokenOutput] = []
         i_sampled = -1
+        num_tokens = 0
         size, caching = self.block_size, self.config.enable_prefix_caching
         for item in plan.scheduled:
             sequence = item.sequence
@@ -343,6 +351,7 @@ class Scheduler:
                 self._fork_followers(sequence)
             if item.samples:
                 sequence.num_pending -= 1
+                num_tokens += 1
                 outputs.append(
                     self._append_token(
                         sequence,
@@ -354,6 +363,7 @@ class Scheduler:
             elif num_computed == len(sequence.token_ids) and sequence.request.pooling is not None:
                 sequence.num_pending -= 1
                 outputs.append(self._end_with_vector(sequence))
+        self.totals.num_generation_tokens += num_tokens
         return outputs
 
     # ---- parts of schedule ---------------------------------------------------------------------------------------
@@ -465,6 +475,9 @@ class Scheduler:
             if self._try_admit(sequence, group, promised):
                 promised += sum(self._num_fork_blocks(follower) for follower in sequence.followers)
                 del self.waiting[i : i + len(group)]
+                if sequence.queued_at is not None:
+                    self.totals.add_first_step(sequence.num_prompt_tokens, self._now - sequence.queued_at)
+                    sequence.queued_at = None
                 budget -= self._grant(plan, sequence, min(sequence.num_missing_tokens, budget))
                 for other in passed:
                     other.num_skipped += 1
@@ -676,12 +689,14 @@ class Scheduler:
             self.waiting.remove(sequence)
         sequence.status = SequenceStatus.FINISHED
         sequence.finish_reason = reason
+        self.totals.num_ended[reason] += 1
         del self.sequences[sequence.key]
         if sequence.leader is not None:
             sequence.leader.followers.remove(sequence)
         elif sequence.followers:  # it ended before its prompt was computed: the next choice computes it
             heir, *rest = sequence.followers
             heir.leader, heir.followers = None, rest
+            heir.queued_at = sequence.queued_at
             heir.num_highwater_tokens = min(sequence.num_highwater_tokens, sequence.num_prompt_tokens)
             for follower in rest:
                 follower.leader = heir

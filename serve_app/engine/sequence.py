@@ -49,6 +49,7 @@ class Sequence:
         "order",
         "pooled",
         "prompt_logprobs",
+        "queued_at",
         "request",
         "slot",
         "status",
@@ -104,6 +105,8 @@ class Sequence:
         """Place in the batch, 0 <= slot < max_num_seqs, while RUNNING."""
         self.finish_reason: FinishReason | None = None
         self.num_preemptions = 0
+        self.queued_at: float | None = None
+        """Monotonic seconds at which it began to wait for its first step; None since then."""
         self.num_skipped = 0
         """Requests admitted past this one while it waited for room."""
         self.num_prompt_logprobs = 0
