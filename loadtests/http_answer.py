@@ -9,6 +9,8 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping
 from types import TracebackType
 
+from loadtests.sse import EventReader
+
 
 class Wire:
     """One connection. ``async with`` closes it, wherever the request is."""
@@ -71,10 +73,7 @@ class Wire:
 
     async def events(self) -> AsyncIterator[bytes]:
         """Server-sent events, without ``data: ``."""
-        rest = b""
+        reading = EventReader()
         async for part in self.parts():
-            *events, rest = (rest + part).split(b"\n\n")
-            for event in events:
-                for line in event.split(b"\n"):
-                    if line.startswith(b"data: "):
-                        yield line[6:]
+            for data in reading.feed(part):
+                yield data

@@ -16,6 +16,8 @@ import time
 from typing import Any
 from urllib.parse import urlsplit
 
+from sse import DONE, EventReader
+
 
 async def stream(host: str, port: int, path: str, body: bytes) -> dict[str, Any]:
     """One request on a connection of its own. ``events``: seconds from sending to each event that carries text."""
@@ -24,20 +26,14 @@ async def stream(host: str, port: int, path: str, body: bytes) -> dict[str, Any]
     sent = time.perf_counter()
     writer.write(head.encode() + f"content-length: {len(body)}\r\n\r\n".encode() + body)
     events: list[float] = []
-    status, tail, is_done, usage = 0, b"", False, None
+    status, is_done, usage = 0, False, None
+    reading = EventReader()  # of the raw bytes: a chunk's size may stand between two events
     while data := await reader.read(1 << 16):
         now = time.perf_counter() - sent
         if not status:
             status = int(data.split(b" ", 2)[1])
-        text = tail + data
-        # Complete events only; a chunk header may stand between two of them.
-        *lines, tail = text.split(b"\n\n")
-        for line in lines:
-            at = line.find(b"data: ")
-            if at < 0:
-                continue
-            payload = line[at + 6 :]
-            if payload.startswith(b"[DONE]"):
+        for payload in reading.feed(data):
+            if payload == DONE:
                 is_done = True
             elif b'"choices":[]' in payload or b'"choices": []' in payload:
                 usage = json.loads(payload)["usage"]

@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from sse import DONE as STREAM_DONE, EventReader
+
 TIMEOUT_HEADER = "X-Request-Timeout-Ms"
 DONE, REFUSED, LATE, ERROR = "done", "refused", "late", "error"
 
@@ -126,16 +128,11 @@ class Client:
             if answer.kind == ERROR:
                 answer.reason = f"{status} {body[:200].decode(errors='replace')}"
             return
-        tail, is_done, usage = b"", False, None
+        is_done, usage = False, None
+        reading = EventReader()  # of the raw bytes: a chunk's size may stand between two events
         while data := await reader.read(1 << 16):
-            # Complete events only; a chunk header may stand between two of them.
-            *events, tail = (tail + data).split(b"\n\n")
-            for event in events:
-                at = event.find(b"data: ")
-                if at < 0:
-                    continue
-                payload = event[at + 6 :]
-                if payload.startswith(b"[DONE]"):
+            for payload in reading.feed(data):
+                if payload == STREAM_DONE:
                     is_done = True
                 elif payload.startswith(b'{"error"'):
                     code = json.loads(payload)["error"]["code"]
