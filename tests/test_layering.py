@@ -196,6 +196,7 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("api/resume.py", SERVICE),
     ("api/draining.py", SERVICE),
     ("api/failover.py", SERVICE),
+    ("api/request_notes.py", SERVICE),
     ("api/stream.py", SERVICE),
     ("api/service.py", SERVICE),
     ("api/http_app.py", SERVICE),

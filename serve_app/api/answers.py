@@ -108,6 +108,15 @@ class Answer:
         """Every choice has its finish reason."""
         return all(choice.finish_reason is not None for choice in self._choices)
 
+    @property
+    def id(self) -> str:
+        return str(self._head["id"])
+
+    @property
+    def finish_reasons(self) -> list[str | None]:
+        """Of each choice; None: it has not ended."""
+        return [choice.finish_reason for choice in self._choices]
+
     def push(self, prompt_index: int, delta: TextDelta, output: TokenOutput) -> bytes:
         """Takes one output of one choice, and the text that it made. Returns what to send now: events, or nothing.
 

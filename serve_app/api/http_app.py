@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import hmac
 import importlib.metadata
 import uuid
@@ -37,6 +38,7 @@ from serve_app.api.protocol import (
     DetokenizeRequest,
     TokenizeRequest,
 )
+from serve_app.api.request_notes import RequestNote
 from serve_app.api.responses import answer_maker
 from serve_app.api.responses_protocol import ResponsesRequest
 from serve_app.api.resume import resumable_of
@@ -48,7 +50,7 @@ from serve_app.errors import (
     InvalidRequestError,
     RaggedServeError,
 )
-from serve_app.logs import get_logger
+from serve_app.logs import about, get_logger
 from serve_app.metrics import CONTENT_TYPE
 
 logger = get_logger(__name__)
@@ -139,12 +141,14 @@ class Edge:
         headers = Headers(scope=scope)
         request_id = clean_request_id(headers.get("x-request-id")) or new_request_id()
         scope["state"]["request_id"] = request_id
-        has_started = False
+        # Who asks: where there are no keys everybody is the same.
+        scope["state"]["owner"] = hashlib.sha256(given_key(headers)).digest() if self.api_keys else b""
+        status: int | None = None
 
         async def send_with_id(message: Message) -> None:
-            nonlocal has_started
+            nonlocal status
             if message["type"] == "http.response.start":
-                has_started = True
+                status = message["status"]
                 answered = MutableHeaders(scope=message)
                 if self.server_sends_ids:
                     del answered["x-request-id"]  # a header that comes twice is read as "a, a"
@@ -163,10 +167,13 @@ class Edge:
                 await answer(scope, receive, send_with_id)
         except Exception as error:  # what no handler took: our own mistake
             if not isinstance(error, RaggedServeError):
-                logger.exception("%s: %s %s failed", request_id, scope["method"], scope["path"])
-            if has_started:
+                logger.exception("%s %s failed", scope["method"], scope["path"], extra=about(request_id))
+            if status is not None:
                 raise
             await error_response(error).as_response()(scope, receive, send_with_id)
+        finally:
+            if (note := scope["state"].get("note")) is not None:
+                self.face.service.requests.end(note, status)
 
     async def _answer(self, kind: type[GenerationRequest], request: Request) -> Response:
         try:
@@ -219,7 +226,10 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 async def _handle_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, RaggedServeError | HTTPException):
-        logger.error("%s: %s %s failed", request.state.request_id, request.method, request.url.path, exc_info=error)
+        path, request_id = request.url.path, request.state.request_id
+        logger.error("%s %s failed", request.method, path, exc_info=error, extra=about(request_id))
+    if (note := request.scope["state"].get("note")) is not None:
+        note.error = error
     return error_response(error, method=request.method, path=request.url.path).as_response()
 
 
@@ -256,7 +266,7 @@ class EventStream(Response):
                     await send_body({"type": "http.response.body", "body": data, "more_body": not has_ended})
             except Exception as error:  # the status is gone: an event says it, and there is no [DONE]
                 if not isinstance(error, RaggedServeError):
-                    logger.exception("%s: the stream failed", self._request_id)
+                    logger.exception("the stream failed", extra=about(self._request_id))
                 if not has_ended:
                     await send_body(
                         {"type": "http.response.body", "body": generation.answer.error_event(error), "more_body": False}
@@ -286,7 +296,7 @@ async def _disconnect(receive: Receive) -> None:
 
 
 async def _generate(face: Face, request: Request, kind: type[GenerationRequest]) -> Response:
-    service = face.service
+    service, note = face.service, _note(face, request)
     received_at = asyncio.get_running_loop().time()
     remaining_ms = timeout_ms(request.headers.get(TIMEOUT_HEADER))
     body = await read_body(request, face.max_body_bytes)
@@ -297,39 +307,55 @@ async def _generate(face: Face, request: Request, kind: type[GenerationRequest])
     request_id = asked.request_id or request.state.request_id
     if remaining_ms is not None:
         remaining_ms -= (asyncio.get_running_loop().time() - received_at) * 1000.0
+    service.requests.name(note, request_id)
     generation = await service.start(asked, request_id, remaining_ms, resumable)
+    service.requests.attach(note, generation, asked.model or service.model.names[0])
     return await _answer(request, generation, request_id, asked.request_id)
 
 
 async def _respond(face: Face, request: Request) -> Response:
+    service, note = face.service, _note(face, request)
     received_at = asyncio.get_running_loop().time()
     remaining_ms = timeout_ms(request.headers.get(TIMEOUT_HEADER))
     for name in (RESUMABLE_HEADER, EVENT_ID_HEADER):
         if request.headers.get(name, "0").strip().lower() not in ("0", "false", ""):
             raise InvalidParameterError(name, request.headers[name], "left out: no stream of this route is kept")
-    asked = await face.service.parse(ResponsesRequest, await read_body(request, face.max_body_bytes))
+    asked = await service.parse(ResponsesRequest, await read_body(request, face.max_body_bytes))
     request_id = asked.request_id or request.state.request_id
     if remaining_ms is not None:
         remaining_ms -= (asyncio.get_running_loop().time() - received_at) * 1000.0
+    service.requests.name(note, request_id)
     try:
-        generation = await face.service.start(asked.chat, request_id, remaining_ms, make=answer_maker(asked))
+        generation = await service.start(asked.chat, request_id, remaining_ms, make=answer_maker(asked))
     except InvalidRequestError as error:
         raise asked.translated(error) from error
+    service.requests.attach(note, generation, asked.model or service.model.names[0])
     return await _answer(request, generation, request_id, asked.request_id)
 
 
 async def _embed(face: Face, request: Request) -> Response:
+    service, note = face.service, _note(face, request)
     received_at = asyncio.get_running_loop().time()
     remaining_ms = timeout_ms(request.headers.get(TIMEOUT_HEADER))
-    asked = await face.service.parse(EmbeddingRequest, await read_body(request, face.max_body_bytes))
+    asked = await service.parse(EmbeddingRequest, await read_body(request, face.max_body_bytes))
     if remaining_ms is not None:
         remaining_ms -= (asyncio.get_running_loop().time() - received_at) * 1000.0
-    work = face.service.embed(asked, asked.request_id or request.state.request_id, remaining_ms)
+    request_id = asked.request_id or request.state.request_id
+    service.requests.name(note, request_id, "embd-" + request_id)
+    work = service.embed(asked, request_id, remaining_ms, note.streams)
     body = await until_disconnect(request.receive, work)
     if body is None:
         return Response(status_code=499)  # nobody reads it
     headers = {} if asked.request_id is None else {"x-request-id": asked.request_id}
     return Response(body, headers=headers, media_type="application/json")
+
+
+def _note(face: Face, request: Request) -> RequestNote:
+    """Its end is noted by `Edge`."""
+    state = request.scope["state"]
+    note: RequestNote = face.service.requests.begin(state["request_id"], request.scope["path"], state["owner"])
+    state["note"] = note
+    return note
 
 
 async def _answer(request: Request, generation: Generation, request_id: str, given_id: str | None) -> Response:

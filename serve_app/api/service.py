@@ -34,6 +34,7 @@ from serve_app.api.protocol import (
     default_chat_max_tokens,
 )
 from serve_app.api.request_model import RequestLimits
+from serve_app.api.request_notes import RequestNotes
 from serve_app.api.resume import MAX_CHOICES, Begun, Resumable
 from serve_app.api.stream import GenerationStream, Leases, prefix_hashes
 from serve_app.config import ServeArgs
@@ -142,6 +143,7 @@ class Service:
         self.limits = limits or RequestLimits()
         self.token_texts = TokenTexts(model.tokenizer)
         self.grammars = GrammarCheck()
+        self.requests = RequestNotes()
         self.num_running = 0
         """Requests that are being answered."""
         self.keeps_streams = True
@@ -232,8 +234,15 @@ class Service:
             answer.is_over = resumable.event_id.is_over
         return Generation(self, answer, streams, texts)
 
-    async def embed(self, request: EmbeddingRequest, request_id: str, remaining_ms: float | None = None) -> bytes:
+    async def embed(
+        self,
+        request: EmbeddingRequest,
+        request_id: str,
+        remaining_ms: float | None = None,
+        streams: list[GenerationStream] | None = None,
+    ) -> bytes:
         """The whole answer. Inputs run side by side, MAX_INPUTS_AT_ONCE at most. ``remaining_ms``: as of `start`.
+        ``streams``: takes the stream of each input.
 
         Where the server has no room for an input, fewer run side by side: only when none of them finds room is the request
         refused. A long list would else crowd itself out.
@@ -258,7 +267,7 @@ class Service:
                 own_id = f"{request_id}~{uuid.uuid4().hex[:8]}"
                 asked = request.generate_request(own_id, prompts[i], pooling, left)
                 try:
-                    vector = await self._embed_one(asked, state.block_size)
+                    vector = await self._embed_one(asked, state.block_size, streams)
                 except OverloadedError:
                     if num_workers == 1:
                         raise
@@ -284,7 +293,9 @@ class Service:
             num_prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts),
         )
 
-    async def _embed_one(self, request: GenerateRequest, block_size: int) -> bytes:
+    async def _embed_one(
+        self, request: GenerateRequest, block_size: int, streams: list[GenerationStream] | None
+    ) -> bytes:
         hashes: tuple[int, ...] = ()
         if not request.needs_every_position:
             hashes = prefix_hashes(request.prompt_token_ids, block_size, request.cache_salt)
@@ -296,6 +307,8 @@ class Service:
             prefix_hashes=hashes,
             failover=self.failover,
         )
+        if streams is not None:
+            streams.append(stream)
         async with contextlib.aclosing(stream.batches()) as batches:  # type: ignore[type-var]
             async for batch in batches:
                 for output in batch:
@@ -468,6 +481,8 @@ class Generation:
         self.streams = streams
         self.has_ended = False
         """The chunk that has come, or comes next, is the last one."""
+        self.error: Exception | None = None
+        """What ended it, if it did not end by itself."""
         self._service = service
         self._texts = texts
 
@@ -502,6 +517,9 @@ class Generation:
                 raise RuntimeError("the streams are over, and a choice has no end")  # an error, and never a silent cut
             self.has_ended = True
             yield last + answer.end()
+        except Exception as error:
+            self.error = error
+            raise
         finally:
             self._service.num_running -= 1
 

@@ -20,6 +20,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
 from serve_app.api.failover import Failover, Journey
+from serve_app.api.request_notes import AttemptNote, begin_attempt
 from serve_app.api.resume import Begun
 from serve_app.engine.config import FAST_MODE
 from serve_app.engine.request import GenerateRequest, TokenOutput
@@ -34,7 +35,7 @@ from serve_app.errors import (
     ReplicaLostError,
     ServerDrainingError,
 )
-from serve_app.logs import get_logger
+from serve_app.logs import about_stream, get_logger
 from serve_app.replica.channel import Channels, Outputs
 from serve_app.replica.kept import Keep
 from serve_app.routing.ledger import Lease, LeaseRequest
@@ -88,6 +89,8 @@ class GenerationStream:
         """Submits so far."""
         self.replica_id: str | None = None
         """Where it runs, or ran last."""
+        self.attempts: list[AttemptNote] = []
+        """What became of each."""
         self._leases = leases
         self._channels = channels
         self._block_size = block_size
@@ -133,14 +136,18 @@ class GenerationStream:
         if self._replay and (taken := self._take(self._replay)) is not None:
             yield taken
         while self._open:
+            note = begin_attempt(self.attempts, self._attempt_name, self._num_emitted)
             try:
                 await journey.begin_attempt()
                 lease = await self._lease(avoid, journey)
+                note.grant(lease)
                 attempt = self._attempt(lease)
                 try:
                     self._outputs = outputs = attempt.start(self._kept(lease))
                     while self._open and (batch := await outputs.next()):
                         if (taken := self._take(batch)) is not None:
+                            if note.first_at is None:
+                                note.first_at = asyncio.get_running_loop().time()
                             if self._fingerprint is None:
                                 self._fingerprint = lease.fingerprint
                             if journey.is_moving or self._goes_on:
@@ -161,14 +168,17 @@ class GenerationStream:
             except IngressStoppingError:
                 raise
             except ReplicaLostError as error:
-                logger.warning("%s: %s; attempt %d", self.request_id, error, self.num_attempts)
+                note.failure = error
+                about = about_stream(self.request_id, attempt=self.num_attempts, replica=lease.replica_id)
+                logger.warning("%s", error, extra=about)
                 if error.may_be_a_death:
                     self._leases.replica_lost(lease.replica_id)
                 # A channel that was given up is made anew; who drains or does not answer is not asked again.
                 avoid = frozenset() if isinstance(error, ChannelLostError) else frozenset({lease.replica_id})
                 journey.lost(error, self._num_emitted)
             except (LeaseRefusedError, _Hindered) as error:
-                logger.info("%s: %s", self.request_id, error)
+                note.failure = error
+                logger.info("%s", error, extra=about_stream(self.request_id))
                 journey.end_attempt()
                 journey.hindered()
                 journey.check_time(error)
@@ -177,8 +187,14 @@ class GenerationStream:
                 await asyncio.sleep(min(MAX_PAUSE_SECONDS, PAUSE_SECONDS * num_hindered))
             finally:
                 journey.end_attempt()
+                note.end(self._num_emitted)
 
     # ---- parts ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _attempt_name(self) -> str:
+        """Each attempt asks under a name of its own: an answer to an earlier one is not for this one."""
+        return f"{self.request_id}#{self.num_attempts}"
 
     @property
     def _num_emitted(self) -> int:
@@ -212,14 +228,17 @@ class GenerationStream:
         """Of the first tokens after a loss: what is promised of them."""
         if lease.fingerprint.startswith(FAST_MODE):
             self._failover.counters["resumed_in_fast_mode"] += 1
-            logger.info("%s: goes on in fast mode: a valid continuation, perhaps not the same bytes", self.request_id)
+            logger.info(
+                "goes on in fast mode: a valid continuation, perhaps not the same bytes",
+                extra=about_stream(self.request_id),
+            )
         if self._fingerprint and lease.fingerprint and lease.fingerprint != self._fingerprint:
             self._failover.counters["resumed_with_other_numerics"] += 1
             logger.warning(
-                "%s: goes on with numerics %s after %s: a valid continuation, not the same bytes",
-                self.request_id,
+                "goes on with numerics %s after %s: a valid continuation, not the same bytes",
                 lease.fingerprint,
                 self._fingerprint,
+                extra=about_stream(self.request_id),
             )
             self._fingerprint = lease.fingerprint
 
@@ -227,8 +246,7 @@ class GenerationStream:
         first = next(iter(self._open.values()))
         assert first.sampling.max_tokens is not None
         return LeaseRequest(
-            # Each attempt asks under a name of its own: an answer to an earlier one is not for this one.
-            f"{self.request_id}#{self.num_attempts}",
+            self._attempt_name,
             self._leases.holder_id,
             len(first.prompt_token_ids),
             first.sampling.max_tokens if first.pooling is None else 0,
