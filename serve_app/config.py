@@ -309,6 +309,10 @@ class ApiArgs(Options):
     """Answer GET /v1/requests/{id}/explain: where a recent request ran and why, and what it waited for. Costs little time,
     and some 50 MB in each process of a busy server."""
 
+    ui: bool = True
+    """Serve the page at /ui: a chat, and the batch of every replica as it runs. What it shows costs nothing while nobody
+    looks, and wants an API key where there are any."""
+
     @field_validator("cors_origins")
     @classmethod
     def _are_origins(cls, origins: list[str]) -> list[str]:

@@ -28,10 +28,12 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve_app.api.disconnect import until_disconnect
 from serve_app.api.embeddings import EmbeddingRequest
 from serve_app.api.error_response import error_response
 from serve_app.api.fields import MAX_REQUEST_ID_CHARS
 from serve_app.api.headers import EVENT_ID_HEADER, RESUMABLE_HEADER, TIMEOUT_HEADER, timeout_ms
+from serve_app.api.live_feed import LiveFeed
 from serve_app.api.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -43,6 +45,7 @@ from serve_app.api.responses import answer_maker
 from serve_app.api.responses_protocol import ResponsesRequest
 from serve_app.api.resume import resumable_of
 from serve_app.api.service import Generation, GenerationRequest, Service
+from serve_app.api.ui_routes import OPEN_PATHS as UI_PATHS, add_ui_routes
 from serve_app.errors import (
     BodyTooLargeError,
     InvalidApiKeyError,
@@ -55,7 +58,7 @@ from serve_app.metrics import CONTENT_TYPE
 
 logger = get_logger(__name__)
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"})
+OPEN_PATHS = UI_PATHS | {"/health", "/ready", "/version", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"}
 """No key is asked for."""
 STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 """Proxies that gather what they pass on would undo the stream."""
@@ -66,6 +69,8 @@ class Face(Protocol):
 
     service: Service
     max_body_bytes: int
+    feed: LiveFeed | None
+    """Of the page at /ui; None: there is no page."""
 
     async def metrics(self) -> str: ...
 
@@ -84,6 +89,8 @@ def build_app(
     """
     app = _App(title=title, version=version(), openapi_tags=_TAGS)
     _add_routes(app, face)
+    if face.feed is not None:
+        add_ui_routes(app, face.feed)
     for kind in (RaggedServeError, HTTPException, Exception):
         app.add_exception_handler(kind, _handle_error)
     if cors_origins:
@@ -271,28 +278,6 @@ class EventStream(Response):
                     await send_body(
                         {"type": "http.response.body", "body": generation.answer.error_event(error), "more_body": False}
                     )
-
-
-async def until_disconnect(receive: Receive, work: Any) -> Any:
-    """Runs the coroutine ``work``; cancels it when the client goes away, and then returns None."""
-    task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(_disconnect(receive))
-    try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return await task
-        return None
-    finally:
-        watch.cancel()
-        if not task.done():
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait({task})
-
-
-async def _disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _generate(face: Face, request: Request, kind: type[GenerationRequest]) -> Response:

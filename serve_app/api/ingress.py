@@ -20,6 +20,7 @@ from serve_app import logs
 from serve_app.api.draining import Draining
 from serve_app.api.failover import FailoverLimits
 from serve_app.api.http_app import build_app
+from serve_app.api.live_feed import LiveFeed
 from serve_app.api.request_model import RequestLimits
 from serve_app.api.service import Service, load_served_model
 from serve_app.config import IngressUserConfig, ServeArgs
@@ -53,6 +54,10 @@ class Ingress:
         self.service.keeps_streams = self.args.resume.keep_seconds > 0
         self.router.start()
         departure.is_leaving()  # raises here, and not in the middle of a drain
+        self.feed: LiveFeed | None = None
+        if self.args.api.ui:
+            counters = self.service.failover.counters
+            self.feed = LiveFeed(self.channels, self.router.look, counters, is_leaving=departure.is_leaving)
         draining = Draining(
             self.router,
             self.channels,

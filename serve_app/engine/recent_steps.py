@@ -16,7 +16,7 @@ from serve_app.engine.step_record import SequenceStep, StepRecord
 
 MAX_RUNS = 256
 """Sequences of one step that are told one by one. The others are one run: no screen shows more."""
-_OWN_ID = re.compile(r"(ui-[0-9a-f]{8})~")
+_OWN_ID = re.compile(r"ui-([0-9a-f]{8})~")
 
 
 class Kind(IntEnum):
@@ -39,9 +39,8 @@ def recent_steps(engine: Engine, after: int, limit: int, wall_ms: float) -> dict
 
         steps       lists: index, start (milliseconds since 1970), duration (ms), tokens, sequences that run and that wait,
                     blocks in use, preemptions, padded tokens, runs
-        runs        flat, four numbers for a sequence, in the plan's order: index into ids, Kind, tokens, how many of
-                    those had been computed before
-        ids         shortened request ids: no client's own, but those that the page made
+        runs        flat, four numbers for a sequence, in the plan's order: `short_id`, Kind, tokens, how many of those
+                    had been computed before
         num_steps, num_tokens, num_recomputed_tokens, num_preempted     totals of this engine's life
         num_running, num_waiting, num_used_blocks                       now, whether a step runs or not
         num_blocks, block_size, token_budget, max_num_seqs              its limits
@@ -50,10 +49,8 @@ def recent_steps(engine: Engine, after: int, limit: int, wall_ms: float) -> dict
     records = recorder.records.copy()  # one call: the engine's thread goes on appending
     new = [record for record in records if record.index > after][-limit:]
     now = engine.clock()
-    ids: dict[str, int] = {}
     return {
-        "steps": [_step(record, ids, wall_ms - (now - record.started) * 1000.0) for record in new],
-        "ids": list(ids),
+        "steps": [_step(record, wall_ms - (now - record.started) * 1000.0) for record in new],
         "num_steps": recorder.num_steps,
         "num_tokens": recorder.num_tokens,
         "num_recomputed_tokens": recorder.num_recomputed_tokens,
@@ -69,21 +66,21 @@ def recent_steps(engine: Engine, after: int, limit: int, wall_ms: float) -> dict
 
 
 @lru_cache(maxsize=8192)
-def short_id(request_id: str) -> str:
-    """Eight hexadecimal digits that say nothing of a client's id; an id that the page made is the page's to know."""
+def short_id(request_id: str) -> int:
+    """32 bits that say nothing of a client's id. The page's own begin with them, so that it knows its requests again.
+
+    BLAKE2b (RFC 7693) over the whole id, of which the ingress has made up a part.
+    """
     own = _OWN_ID.match(request_id)
-    return own[1] if own else hashlib.blake2b(request_id.encode(), digest_size=4).hexdigest()
+    return int(own[1], 16) if own else int.from_bytes(hashlib.blake2b(request_id.encode(), digest_size=4).digest())
 
 
-def _step(record: StepRecord, ids: dict[str, int], started_ms: float) -> list[Any]:
+def _step(record: StepRecord, started_ms: float) -> list[Any]:
     runs: list[int] = []
     for item in record.sequences[:MAX_RUNS]:
-        number = ids.setdefault(short_id(item.request_id), len(ids))
-        runs += (number, _kind(item), item.num_tokens, item.num_recomputed_tokens)
-    others = record.sequences[MAX_RUNS:]
-    if others:
-        number = ids.setdefault("", len(ids))
-        runs += (number, Kind.OTHERS, sum(o.num_tokens for o in others), sum(o.num_recomputed_tokens for o in others))
+        runs += (short_id(item.request_id), _kind(item), item.num_tokens, item.num_recomputed_tokens)
+    if others := record.sequences[MAX_RUNS:]:
+        runs += (0, int(Kind.OTHERS), sum(o.num_tokens for o in others), sum(o.num_recomputed_tokens for o in others))
     return [
         record.index,
         round(started_ms, 1),

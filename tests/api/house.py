@@ -20,6 +20,7 @@ import uvicorn
 
 from serve_app.api.draining import Draining
 from serve_app.api.http_app import build_app
+from serve_app.api.live_feed import LiveFeed
 from serve_app.api.service import ServedModel, Service
 from serve_app.config import IngressUserConfig, ServeArgs
 from serve_app.engine.async_engine import AsyncEngine
@@ -186,6 +187,15 @@ class House:
             self.transport.replicas[replica.replica_id] = replica
         self.model: ServedModel = load_served_model(self.args)
         self.client, self.channels, self.service = self.make_client("ingress0")
+        self.feed: LiveFeed | None = None
+        if self.args.api.ui:
+            self.feed = LiveFeed(
+                self.channels,
+                self.client.look,
+                self.service.failover.counters,
+                is_leaving=lambda: self.is_leaving,
+                tick_seconds=0.02,
+            )
         draining = Draining(
             self.client,
             self.channels,

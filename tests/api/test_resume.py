@@ -447,6 +447,8 @@ def test_many_resume_at_the_same_time(slow_house: House) -> None:
 class OtherIngress:
     """A second ingress of a house, with a server of its own."""
 
+    feed = None
+
     def __init__(self, house: House, name: str) -> None:
         self.max_body_bytes = house.max_body_bytes
         self._house = house

@@ -31,11 +31,11 @@ def run(engine: Engine) -> None:
         engine.step()
 
 
-def runs_of(told: dict[str, Any], step: list[Any]) -> list[tuple[str, Kind, int, int]]:
+def runs_of(step: list[Any]) -> list[tuple[int, Kind, int, int]]:
     numbers = step[-1]
     assert len(numbers) % 4 == 0
     four = zip(*[iter(numbers)] * 4, strict=True)
-    return [(told["ids"][i], Kind(kind), tokens, again) for i, kind, tokens, again in four]
+    return [(i, Kind(kind), tokens, again) for i, kind, tokens, again in four]
 
 
 def test_what_each_sequence_does_in_each_step() -> None:
@@ -47,7 +47,7 @@ def test_what_each_sequence_does_in_each_step() -> None:
     clock.now += 7.0
     told = recent_steps(engine, -1, 100, WALL_MS)
     a, b = short_id("a"), short_id("b")
-    assert [runs_of(told, step) for step in told["steps"]] == [
+    assert [runs_of(step) for step in told["steps"]] == [
         [(a, Kind.LAST_CHUNK, 5, 0)],
         [(a, Kind.DECODE, 1, 0), (b, Kind.CHUNK, 11, 0)],
         [(a, Kind.DECODE, 1, 0), (b, Kind.LAST_CHUNK, 9, 0)],
@@ -60,7 +60,7 @@ def test_what_each_sequence_does_in_each_step() -> None:
         [3, WALL_MS - 7500.0, 500.0, 1],
     ]
     assert [step[4:9] for step in told["steps"]] == [[1, 0, 2, 0, 0], [2, 0, 7, 0, 0], [2, 0, 7, 0, 0], [1, 0, 6, 0, 0]]
-    del told["steps"], told["ids"]
+    del told["steps"]
     assert told == {
         "num_steps": 4,
         "num_tokens": 28,
@@ -95,7 +95,7 @@ def test_what_was_preempted_is_computed_again() -> None:
         engine.add(make_request(name, 5, max_tokens=14))
     run(engine)
     told = recent_steps(engine, -1, 100, WALL_MS)
-    again = [r for step in told["steps"] for r in runs_of(told, step) if r[3]]
+    again = [r for step in told["steps"] for r in runs_of(step) if r[3]]
     assert again
     assert sum(r[3] for r in again) == told["num_recomputed_tokens"] > 0
     assert sum(step[7] for step in told["steps"]) == told["num_preempted"] > 0
@@ -109,11 +109,11 @@ def test_sequences_that_no_screen_shows_are_one_run(monkeypatch: pytest.MonkeyPa
     run(engine)
     told = recent_steps(engine, -1, 100, WALL_MS)
     (step,) = told["steps"]
-    assert [(kind, tokens) for _, kind, tokens, _ in runs_of(told, step)] == [
+    assert [(kind, tokens) for _, kind, tokens, _ in runs_of(step)] == [
         *[(Kind.LAST_CHUNK, 2 + i) for i in range(3)],
         (Kind.OTHERS, 5 + 6),
     ]
-    assert told["ids"][3] == ""
+    assert runs_of(step)[3][0] == 0
 
 
 def test_no_id_of_a_client_is_told_but_the_pages_own() -> None:
@@ -123,11 +123,16 @@ def test_no_id_of_a_client_is_told_but_the_pages_own() -> None:
         engine.add(make_request(name, 4, max_tokens=1))
     run(engine)
     told = recent_steps(engine, -1, 100, WALL_MS)
-    assert told["ids"] == ["ui-0123abcd", short_id(theirs)]
-    assert len(short_id(theirs)) == 8
+    assert [run[0] for run in runs_of(told["steps"][0])] == [0x0123ABCD, short_id(theirs)]
     assert "customer" not in json.dumps(told)
-    for strange in ("ui-0123abcd", "ui-0123abcdef~1", "ui-<script>~1", "UI-0123ABCD~1"):
-        assert len(short_id(strange)) == 8
+    for strange in (
+        "ui-0123abcd",
+        "ui-0123abcdef~1",
+        "UI-0123ABCD~1",
+        "ui-\ud800~1".encode("utf-8", "replace").decode(),
+    ):
+        assert 0 <= short_id(strange) < 1 << 32
+        assert short_id(strange) != 0x0123ABCD
 
 
 def test_it_may_be_asked_while_the_engine_runs() -> None:
