@@ -78,6 +78,10 @@ def num_blocks_for(num_prompt_tokens: int, num_output_tokens: int, num_choices: 
     return full + num_choices * (whole - full)
 
 
+LOSSES = ("drift", "expired", "holders_lost", "lost_with_replica", "never_shown", "silent_replicas")
+"""Kinds of events of a bad day. Counted from 0 on: who looks now and then sees the first one as growth."""
+
+
 # ------------------------------------------------------------------------------------------ what crosses processes
 
 
@@ -350,7 +354,7 @@ class Ledger:
         self.options = options
         self.epoch = epoch
         self.is_rebuilding = rebuilding
-        self.counters: Counter[str] = Counter()
+        self.counters: Counter[str] = Counter(dict.fromkeys(LOSSES, 0))
         self.watch: Watch | None = None
         """May come and go at any time."""
         self._grace_seconds = grace_seconds

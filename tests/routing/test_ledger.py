@@ -22,6 +22,7 @@ from serve_app.routing import estimates, ledger as ledger_module
 from serve_app.routing.estimates import DrainRate, OutputLengths
 from serve_app.routing.ledger import (
     CLOSED_SECONDS,
+    LOSSES,
     BookedLease,
     Lease,
     LeaseRequest,
@@ -240,6 +241,12 @@ def test_a_settled_lease_does_not_come_back_from_a_late_report() -> None:
     assert free(ledger) == 6
     assert ledger.counters["drift"] == 1
     ledger.check_invariants()
+
+
+def test_losses_are_counted_from_zero() -> None:
+    """A counter that appears together with its first event shows no growth, and no alert sees it."""
+    assert dict.fromkeys(LOSSES, 0).items() <= made().snapshot()["counters"].items()
+    assert REPAIRS - {"adopted", "ended_by_replica"} < set(LOSSES)
 
 
 def test_an_older_report_is_dropped() -> None:
