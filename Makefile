@@ -15,6 +15,18 @@ CONFIG      ?= deploy/config.yaml
 # What pytest runs: paths and options, e.g. make test T="tests/engine -k name"
 T           ?=
 
+# What `make load` sends, and where to: docs/load_testing.md. Set on the command line alone: shells have a HOST of their own.
+HOST        = http://127.0.0.1:8000
+RATE        = 2
+USERS       = 8
+SECONDS     = 60
+WORKLOAD    = synthetic
+SHAPE       = steady
+SLO         = --slo-ttft-ms 2000 --slo-tpot-ms 200
+KILLS       =
+REPORT      = load_report.html
+LOAD        =
+
 # A test that hangs fails under its name after ten minutes and the next one runs; where it hangs in C and cannot be told,
 # the run ends five minutes later. Both show every thread's stack.
 PYTEST      := $(BIN)/python -m pytest --timeout 600 --override-ini faulthandler_exit_on_timeout=true
@@ -24,7 +36,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup serve test lint format types bench drill soak clean
+.PHONY: help setup serve test lint format types bench load drill soak clean
 
 help: ## list the targets and variables
 	@$(PYTHON) -c 'import re; \
@@ -36,6 +48,8 @@ help: ## list the targets and variables
 	@echo '                             make test TORCH_INDEX=https://download.pytorch.org/whl/cpu'
 	@echo '  CONFIG=<file>              what make serve serves (deploy/config.yaml)'
 	@echo '  T="tests/engine -k name"   make test runs only that, without lint and types'
+	@echo '  HOST RATE USERS SECONDS    make load: where to, requests a second (0: so many USERS instead), how long'
+	@echo '  WORKLOAD SHAPE SLO KILLS   what it sends, and what is asked of it: docs/load_testing.md'
 
 setup: $(STAMP) ## make .venv and install everything in it (again only if pyproject.toml or constraints.txt changed)
 
@@ -84,6 +98,12 @@ bench: ## list the benches; each runs by itself
 	first = lambda p: ((ast.get_docstring(ast.parse(open(p).read())) or "").splitlines() or [""])[0]; \
 	[print("  $(BIN)/python %-36s %s" % (p, first(p))) for p in sorted(glob.glob("loadtests/bench_*.py"))] \
 	or print("  loadtests/ holds no bench yet")'
+
+load: $(STAMP) ## locust against a running server (HOST): figures, SLO, report; with KILLS=1 replicas die meanwhile
+	$(BIN)/locust -f loadtests/locustfile.py --headless --only-summary --host $(HOST) \
+		--rate $(RATE) --users $(USERS) --spawn-rate $(USERS) --run-time $(SECONDS)s \
+		--workload $(WORKLOAD) --shape $(SHAPE) $(SLO) --report $(REPORT) \
+		$(if $(filter-out 0,$(KILLS)),--kill-period 20) $(LOAD)
 
 drill: $(STAMP) ## kill replicas and the router under streams, and compare every byte (some minutes)
 	$(BIN)/python -m loadtests.drill

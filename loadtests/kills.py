@@ -3,8 +3,9 @@
     python -m loadtests.kills --period 20 --kills 3
 
 Joins the Ray of the server as a driver (RAY_ADDRESS, else the one that runs here) and kills actors of its application, by
-the names that Ray Serve gives: at once, as a crash would (`ray.kill`). The next kill waits until as many replicas run again
-as in the beginning, so that one is always left. Ends after ``--kills`` of them, when its standard input ends, or at SIGTERM.
+the names that Ray Serve gives: at once, as a crash would (`ray.kill`). The first line says that it has joined. A kill waits
+until as many replicas run again as in the beginning, so that one is always left. Ends after ``--kills`` of them, or when its
+standard input ends.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def kill(arguments: argparse.Namespace, is_over: threading.Event) -> None:
     wanted = len(replicas(arguments.application, arguments.deployment))
     if wanted < 2:
         raise ValueError(f"{wanted} replicas run; kills need at least 2, so that one is left")
+    print(json.dumps({"ready": wanted}), flush=True)
     for _ in range(arguments.kills):
         if is_over.wait(arguments.period):
             return

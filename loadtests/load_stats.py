@@ -26,6 +26,10 @@ BINS_PER_SECOND = 1000
 BUSY_CPU = 0.9
 """Share of a second that a client process computes: above, it may be what is measured."""
 NUM_BUSY_SECONDS = 3
+LOOK_SECONDS = 0.05
+"""A client process sleeps so long between two looks at itself; what it sleeps longer is a stall."""
+STALLED = 0.05
+"""Share of the run for which a client process should have run and could not: another program had the core."""
 MAX_LAG_MS = 100.0
 """p99 of how much later than due requests were sent: above, the client is what is measured."""
 METRICS = (
@@ -170,13 +174,18 @@ class Tally:
         self.num_prompt_tokens = self.num_output_tokens = 0
         self.num_cut = 0
         """Requests that the model's length cut."""
-        self.histograms = {name: Histogram() for name in ("ttft", "tpot", "itl", "e2el", "lag", "tokens_per_s")}
-        """lag: sent after due. tokens_per_s: of each request, tokens over the time from its first to its last."""
+        self.histograms = {
+            name: Histogram() for name in ("ttft", "tpot", "itl", "e2el", "lag", "stall", "tokens_per_s")
+        }
+        """lag: sent after due. stall: a client process should have run, and did not. tokens_per_s: of each request, behind
+        its first token."""
         self.seconds: dict[int, Second] = {}
         self.changes: Counter[int] = Counter()
         """By bin of `BINS_PER_SECOND`: completed streams that began, less those that ended."""
         self.cpu: dict[int, float] = {}
         """By second: the share of it that the busiest client process computed."""
+        self.cpu_seconds = 0.0
+        """Of all client processes together."""
         self.end = 0.0
         """Of the last request, in seconds since the run began."""
 
@@ -217,9 +226,11 @@ class Tally:
             last.good += 1
         return not missed
 
-    def add_cpu(self, at: float, share: float) -> None:
+    def add_cpu(self, at: float, share: float, seconds: float = 0.0) -> None:
+        """A client process computed for this share of the second at ``at``, and for so many seconds."""
         second = math.floor(at)
         self.cpu[second] = max(self.cpu.get(second, 0.0), share)
+        self.cpu_seconds += seconds
 
     def _second(self, at: float) -> Second:
         return self.seconds.setdefault(max(0, math.floor(at)), Second())
@@ -247,6 +258,7 @@ class Tally:
             },
             "changes": dict(self.changes),
             "cpu": dict(self.cpu),
+            "cpu_seconds": self.cpu_seconds,
             "end": self.end,
         }
 
@@ -254,7 +266,7 @@ class Tally:
         """Adds what `to_data` of another one gave."""
         for name in ("kinds", "reasons", "missed", "changes"):
             getattr(self, name).update(data[name])
-        for name in ("num_good", "num_prompt_tokens", "num_output_tokens", "num_cut"):
+        for name in ("num_good", "num_prompt_tokens", "num_output_tokens", "num_cut", "cpu_seconds"):
             setattr(self, name, getattr(self, name) + data[name])
         for name, histogram in data["histograms"].items():
             self.histograms[name].merge(Histogram.from_data(histogram))
@@ -296,7 +308,7 @@ class Tally:
             found[f"median_{name}_ms"] = histogram.percentile(50) * 1000
             found[f"std_{name}_ms"] = histogram.std * 1000
             found[f"p99_{name}_ms"] = histogram.percentile(99) * 1000
-        speed = self.histograms["tokens_per_s"]
+        speed, stall = self.histograms["tokens_per_s"], self.histograms["stall"]
         return found | {
             "refused": kinds[REFUSED],
             "failed_with_an_error": kinds[FAILED],
@@ -314,6 +326,9 @@ class Tally:
             "reasons": dict(self.reasons.most_common(10)),
             "client": {
                 "max_cpu": max(self.cpu.values(), default=0.0),
+                "cpu_s": self.cpu_seconds,
+                "stalled_share": stall.total / max(1e-9, stall.total + stall.num * LOOK_SECONDS),
+                "longest_stall_ms": stall.highest * 1000,
                 "busy_seconds": sum(share >= BUSY_CPU for share in self.cpu.values()),
                 "p99_lag_ms": self.histograms["lag"].percentile(99) * 1000,
                 "max_lag_ms": self.histograms["lag"].highest * 1000,
@@ -342,6 +357,11 @@ class Tally:
             found.append(
                 f"a client process computed for {BUSY_CPU:.0%} or more of {client['busy_seconds']} seconds: "
                 "it may be what was measured; use --processes or more workers"
+            )
+        if client["stalled_share"] > STALLED:
+            found.append(
+                f"the client's processes could not run for {client['stalled_share']:.0%} of the time "
+                f"(once for {client['longest_stall_ms']:.0f} ms): the machine is busy, and events were read late"
             )
         if client["p99_lag_ms"] > MAX_LAG_MS:
             found.append(
@@ -390,6 +410,7 @@ def table(results: Json) -> list[str]:
         f"{'The client itself':-^50}",
         row("Busiest second (CPU share)", results["client"]["max_cpu"]),
         row("P99 sent after due (ms)", results["client"]["p99_lag_ms"]),
+        row("Longest stall (ms)", results["client"]["longest_stall_ms"]),
         "=" * 50,
     ]
     return lines

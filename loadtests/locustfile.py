@@ -25,7 +25,7 @@ from typing import Any
 
 import gevent
 from geventhttpclient.response import HTTPParseError
-from locust import LoadTestShape, User, constant, events, task
+from locust import LoadTestShape, User, constant, events, runners, task
 from locust.env import Environment
 from locust.runners import MasterRunner, WorkerRunner
 from locust.util.timespan import parse_timespan
@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from loadtests.load_client import LoadClient
 from loadtests.load_plan import ARRIVALS, ENDPOINTS, SHAPES, SYNTHETIC, Plan, Planned, PlanOptions, level
 from loadtests.load_report import report
-from loadtests.load_stats import Slo, Tally, table
+from loadtests.load_stats import LOOK_SECONDS, Slo, Tally, table
 from loadtests.load_stream import COMPLETED, Outcome
 
 Json = dict[str, Any]
@@ -47,6 +47,9 @@ DRAIN_SECONDS = 300.0
 STOP_SECONDS = 60.0
 """A user that is stopped early (in a spike that is over, or by hand) may end its stream, if --stop-timeout says nothing."""
 ROOT = Path(__file__).resolve().parents[1]
+
+runners.HEARTBEAT_LIVENESS = 20
+"""Seconds after which a master gives a silent worker up. By default 3, which one on a busy machine can need."""
 
 
 # ------------------------------------------------------------------------------------------------------------- options
@@ -138,6 +141,8 @@ class Load:
         self.tally = Tally(Slo())
         """What this process counted, and at a master what its workers did."""
         self.kills: list[Json] = []
+        """{"at": seconds, "replica": id, ...}."""
+        self.kill_error: str | None = None
         self.share = (0, 1)
         """This process sends the requests whose number, modulo the second, is the first."""
         self.seconds: float | None = None
@@ -161,7 +166,7 @@ class Load:
     def begin(self) -> None:
         """Raises OSError, ValueError or HTTPParseError for what cannot be: a server that is not there, an option."""
         self.end()
-        self.tally, self.kills = Tally(read_slo(self.options)), []
+        self.tally, self.kills, self.kill_error = Tally(read_slo(self.options)), [], None
         self.num_open, self.has_sent_all, self._number = 0, False, 0
         if not isinstance(self.environment.runner, WorkerRunner):  # which has heard it of the master
             self.seconds = run_seconds(self.options)
@@ -177,7 +182,7 @@ class Load:
         self._model = self.options.model or self._client.models()[0]
         vocabulary = self._client.vocabulary(self._model)
         self.plan = Plan(read_plan_options(self.options, self.seconds), vocabulary)
-        self._greenlets = [gevent.spawn(self._watch_cpu)]
+        self._greenlets = [gevent.spawn(self._watch)]
         if self.plan.is_open:
             self._greenlets.append(gevent.spawn(self._send_when_due))
 
@@ -255,14 +260,17 @@ class Load:
         for gap in outcome.itls:
             row.log(gap * 1000, 0)
 
-    def _watch_cpu(self) -> None:
-        """Each second: how much of it this process computed. A client that is busy measures itself."""
-        at, cpu = time.perf_counter(), time.process_time()
+    def _watch(self) -> None:
+        """How much this process computes, and how long it is kept from running: a busy client measures itself."""
+        second, cpu = time.perf_counter(), time.process_time()
         while True:
-            gevent.sleep(1.0)
+            at = time.perf_counter()
+            gevent.sleep(LOOK_SECONDS)
             now, cpu_now = time.perf_counter(), time.process_time()
-            self.tally.add_cpu(max(0.0, self.now()), (cpu_now - cpu) / (now - at))
-            at, cpu = now, cpu_now
+            self.tally.histograms["stall"].add(now - at - LOOK_SECONDS)
+            if now - second >= 1.0:
+                self.tally.add_cpu(max(0.0, self.now()), (cpu_now - cpu) / (now - second), cpu_now - cpu)
+                second, cpu = now, cpu_now
 
     # ---- the end -------------------------------------------------------------------------------------------------
 
@@ -287,7 +295,7 @@ class Load:
         found = self.tally.wrong()
         if self.options.kill_period > 0 and not self.kills:
             found.append("no replica was killed")
-        return found + [kill["error"] for kill in self.kills if "error" in kill]
+        return found + ([self.kill_error] if self.kill_error else [])
 
     def asked(self) -> Json:
         """The options of this run that are the load test's own, without secrets."""
@@ -397,16 +405,21 @@ def on_test_start(environment: Environment, **_: Any) -> None:
             runner.send_message(
                 "load_share", {"run": load.run, "share": (index, len(ready)), "seconds": seconds}, worker_id
             )
+    killer = None
     try:
+        if not isinstance(runner, WorkerRunner) and load.options.kill_period > 0:
+            killer = start_killer()
         load.begin()
     except (OSError, ValueError, HTTPParseError) as error:
         print(f"the load cannot start: {environment.host}: {error}", file=sys.stderr, flush=True)
         environment.process_exit_code = 1
+        if killer is not None and killer.stdin is not None:
+            killer.stdin.close()  # it ends by that
         is_alone = load.options.headless or isinstance(runner, WorkerRunner)
         gevent.spawn_later(1.0, runner.quit if is_alone else runner.stop)  # once locust has started what it is about to
         return
-    if not isinstance(runner, WorkerRunner) and load.options.kill_period > 0:
-        gevent.spawn(kill_replicas)
+    if killer is not None:
+        gevent.spawn(note_kills, killer)
 
 
 @events.test_stop.add_listener
@@ -427,22 +440,42 @@ def on_worker_report(client_id: str, data: Json) -> None:
         workers[client_id] = {"is_over": told["is_over"], "num_open": told["num_open"]}
 
 
-def kill_replicas() -> None:
-    """Runs `kills` in a process of its own (Ray and gevent do not mix), and notes what it says, while the run goes on."""
+def start_killer() -> subprocess.Popen[bytes]:
+    """Runs `kills` in a process of its own (Ray and gevent do not mix), which has joined Ray when this returns. Raises
+    ValueError with what it says if it cannot."""
     command = [sys.executable, "-m", "loadtests.kills", "--period", str(load.options.kill_period)]
     command += ["--kills", str(load.options.kills), "--seed", str(load.options.seed)]
     environ = {name: value for name, value in os.environ.items() if not name.startswith("LOCUST_")}
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, env=environ)
+    assert process.stdout is not None
+    said = read_json(process.stdout)
+    if "ready" not in said:
+        raise ValueError(f"no replicas can be killed: {said.get('error', 'see above')}")
+    return process
+
+
+def read_json(lines: Any) -> Json:
+    """The next line that is JSON; Ray may print others. {} at the end."""
+    for line in lines:
+        if line.startswith(b"{"):
+            return dict(json.loads(line))
+    return {}
+
+
+def note_kills(process: subprocess.Popen[bytes]) -> None:
+    """Writes down what it says, until nothing more is sent."""
     assert process.stdin is not None
     assert process.stdout is not None
 
-    def read(lines: Any, kills: list[Json]) -> None:
-        for line in lines:
-            if line.startswith(b"{"):
-                kills.append({"at": load.now(), **json.loads(line)})
-                print(f"kill: {line.decode().strip()}", file=sys.stderr, flush=True)
+    def read(lines: Any, run: int) -> None:
+        while said := read_json(lines):
+            print(f"kill: {said}", file=sys.stderr, flush=True)
+            if run == load.run and "replica" in said:
+                load.kills.append({"at": load.now(), **said})
+            elif run == load.run:
+                load.kill_error = f"no more kills: {said.get('error')}"
 
-    reading = gevent.spawn(read, process.stdout, load.kills)
+    reading = gevent.spawn(read, process.stdout, load.run)
     while load.is_running and process.poll() is None and not all_ended(load)[0]:
         gevent.sleep(0.1)
     process.stdin.close()  # it ends by that

@@ -121,12 +121,13 @@ def test_workers_add_up_through_what_travels_between_them() -> None:
     whole, master = tally_of(*outcomes, ttft_ms=500.0), Tally(Slo(ttft_ms=500.0))
     for index in range(3):
         worker = tally_of(*outcomes[index::3], ttft_ms=500.0)
-        worker.add_cpu(2.5, 0.1 * index)
+        worker.add_cpu(2.5, 0.1 * index, 0.5)
         travelled = msgpack.loads(msgpack.dumps(worker.to_data()), strict_map_key=False)  # as locust sends it
         master.merge(travelled)
     assert master.cpu == {2: pytest.approx(0.2)}
     found, expected = master.results(), whole.results()
-    assert found.pop("client")["max_cpu"] == pytest.approx(0.2)
+    client = found.pop("client")
+    assert (client["max_cpu"], client["cpu_s"]) == (pytest.approx(0.2), pytest.approx(1.5))
     del expected["client"]
     for name, value in expected.items():
         assert found[name] == (pytest.approx(value) if name not in ("reasons", "slo_ms") else value), name
@@ -172,6 +173,15 @@ def test_the_share_counts_refused_and_failed_requests_too() -> None:
 def test_a_lost_stream_and_no_answer_at_all_are_always_wrong() -> None:
     assert "1 streams that had begun ended with neither" in tally_of(completed(), other(LOST)).wrong()[0]
     assert tally_of(other(REFUSED)).wrong() == ["no request was completed"]
+
+
+def test_a_client_that_another_program_keeps_from_running_says_so() -> None:
+    tally = tally_of(completed(9.0))
+    for _ in range(200):  # 10 s, as it should have been
+        tally.histograms["stall"].add(0.0)
+    assert tally.warnings() == []
+    tally.histograms["stall"].add(1.5)
+    assert "could not run for 13% of the time (once for 1500 ms)" in tally.warnings()[0]
 
 
 def test_a_busy_client_says_so() -> None:
