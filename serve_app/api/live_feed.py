@@ -183,6 +183,8 @@ class LiveFeed:
         if not self.is_watched and self._task is not None:
             self._task.cancel()
             self._task = None
+            for call in list(self._calls.values()):  # here, and not in the task: the next life may begin before it runs
+                call.cancel()
 
     @property
     def num_viewers(self) -> int:

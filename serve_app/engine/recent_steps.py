@@ -14,7 +14,7 @@ from typing import Any
 from serve_app.engine.engine import Engine
 from serve_app.engine.step_record import SequenceStep, StepRecord
 
-MAX_RUNS = 256
+MAX_RUNS = 128
 """Sequences of one step that are told one by one. The others are one run: no screen shows more."""
 _OWN_ID = re.compile(r"ui-([0-9a-f]{8})~")
 

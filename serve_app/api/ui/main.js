@@ -63,7 +63,7 @@ class Replica {
     this.canvas = element("canvas");
     this.canvas.tabIndex = 0;
     this.canvas.setAttribute("role", "img");
-    this.canvas.dataset.replica = id;
+    this.canvas.setAttribute("aria-label", `Steps of replica ${id}.`);
     this.figures = element("dl");
     this.root.setAttribute("aria-labelledby", this.title.id);
     this.root.append(this.title, this.canvas, this.figures);
@@ -148,6 +148,7 @@ class Replica {
       ["computed again", number(head.num_recomputed_tokens)],
     ]);
     const step = this.picture.lastStep;
+    this.canvas.dataset.steps = this.picture.numColumns;
     this.canvas.setAttribute(
       "aria-label",
       `Steps of replica ${this.id}. ${step ? `The last one: ${wordsOf(step, head.token_budget)}` : "None yet"}.`,
