@@ -13,6 +13,7 @@ Bounds are vLLM's, and some more.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -216,7 +217,10 @@ INGRESS = {
         bounds=TOKEN_SECONDS_BOUNDS,
     ),
     "request_seconds": _vllm(
-        "e2e_request_latency_seconds", "histogram", "From a request's arrival to its end", bounds=LATENCY_BOUNDS
+        "e2e_request_latency_seconds",
+        "histogram",
+        "From the arrival of a request to its end, of those answered in full",
+        bounds=LATENCY_BOUNDS,
     ),
     "queue_seconds": _vllm(
         "request_queue_time_seconds", "histogram", "A request's wait for a replica with room", bounds=LATENCY_BOUNDS
@@ -265,15 +269,13 @@ INGRESS = {
 }
 """Key of an ingress's counts -> metric."""
 
-TABLE: tuple[Metric, ...] = (
-    *LEDGER.values(),
-    *(EVENTS, DRIFT),
-    *REPLICA.values(),
-    REPLICA_DRIFT,
-    *(RUNNING, WAITING, CACHE_CONFIG),
-    *ENGINE.values(),
-    *INGRESS.values(),
+CHAPTERS: tuple[tuple[str, tuple[Metric, ...]], ...] = (
+    ("The ledger", (*LEDGER.values(), EVENTS, DRIFT)),
+    ("A replica as the ledger sees it", (*REPLICA.values(), REPLICA_DRIFT, RUNNING, WAITING, CACHE_CONFIG)),
+    ("What a replica counts", tuple(ENGINE.values())),
+    ("What ingresses count, one sum of all", tuple(INGRESS.values())),
 )
+TABLE: tuple[Metric, ...] = tuple(metric for _, chapter in CHAPTERS for metric in chapter)
 """All of them, in the order of the text."""
 
 Samples = Iterable[tuple[tuple[str, ...], Value]]
@@ -353,3 +355,21 @@ def _family(metric: Metric, samples: Samples) -> Family:
 
 def _edge(bound: float) -> str:
     return str(float(bound))
+
+
+# ---- the reference -------------------------------------------------------------------------------------------------
+
+
+def reference() -> str:
+    """The table as markdown, for docs/metrics.md."""
+    lines = []
+    for title, chapter in CHAPTERS:
+        lines += ["", f"### {title}", "", "| name | type | labels | what it says |", "|---|---|---|---|"]
+        for metric in chapter:
+            labels = ", ".join(f"`{label}`" for label in metric.labels)
+            lines.append(f"| `{metric.name}` | {metric.kind} | {labels} | {metric.help}. |")
+    return "\n".join(lines).strip() + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(reference())

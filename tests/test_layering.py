@@ -37,6 +37,7 @@ CORE_FILES = (
     "engine/*.py",
     "routing/estimates.py",
     "routing/ledger.py",
+    "routing/metrics_board.py",
     "replica/lease_table.py",
 )
 TEXT_PACKAGES = frozenset({"numpy", "tokenizers", "jinja2", "huggingface_hub", "llguidance"})
@@ -90,6 +91,7 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("engine/timeline.py", CORE),
     ("routing/estimates.py", CORE),
     ("routing/ledger.py", CORE),
+    ("routing/metrics_board.py", CORE),
     ("routing/decisions.py", CORE),
     ("routing/inquiries.py", CORE),
     ("replica/lease_table.py", CORE),
@@ -196,6 +198,7 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("api/resume.py", SERVICE),
     ("api/draining.py", SERVICE),
     ("api/failover.py", SERVICE),
+    ("api/ingress_counts.py", SERVICE),
     ("api/request_notes.py", SERVICE),
     ("api/stream.py", SERVICE),
     ("api/service.py", SERVICE),

@@ -24,6 +24,12 @@ MAX_DEATHS_ON_TRIAL = 3
 """More than chance does: a machine may lose replicas for other reasons while a suspect runs."""
 TRIAL_TOKENS = 4
 """Of each choice: steps that may have been under way when a replica died, and a few more."""
+KINDS = (
+    *("lost", "resumed", "trials", "replica_killers", "given_up"),
+    *("resumed_with_other_numerics", "resumed_in_fast_mode", "came_back"),
+)
+"""What happens to streams: lost and resumed count each time, and of the resumed ones those with other numerics or in fast
+mode (a valid continuation, perhaps not the same bytes). came_back: a client that had lost its connection."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +49,7 @@ class Failover:
     def __init__(self, limits: FailoverLimits | None = None) -> None:
         self.limits = limits or FailoverLimits()
         self.counters: Counter[str] = Counter()
-        """What happened to streams: lost and resumed (each time), trials, replica_killers, given_up,
-        resumed_with_other_numerics and resumed_in_fast_mode (a valid continuation, perhaps not the same bytes)."""
+        """By kind."""
         self.trial = asyncio.Lock()
 
 

@@ -17,7 +17,7 @@ import hashlib
 import hmac
 import importlib.metadata
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
@@ -145,6 +145,7 @@ class Edge:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        http_answers = self.face.service.counts.http_answers
         headers = Headers(scope=scope)
         request_id = clean_request_id(headers.get("x-request-id")) or new_request_id()
         scope["state"]["request_id"] = request_id
@@ -155,6 +156,7 @@ class Edge:
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
+                http_answers[route_of(scope, self.shortcuts), str(message["status"])] += 1
                 status = message["status"]
                 answered = MutableHeaders(scope=message)
                 if self.server_sends_ids:
@@ -198,6 +200,14 @@ class Edge:
                 if key
                 else "an API key is needed: Authorization: Bearer <key>"
             )
+
+
+def route_of(scope: Scope, shortcuts: Collection[str]) -> str:
+    """Its path as it was declared, for counting; "other" for what is no route: clients choose paths."""
+    if scope["path"] in shortcuts:
+        return str(scope["path"])
+    path = getattr(scope.get("route"), "path", None)
+    return path if isinstance(path, str) else "other"
 
 
 def given_key(headers: Headers) -> bytes:

@@ -24,6 +24,7 @@ from serve_app.api.live_feed import LiveFeed
 from serve_app.api.request_model import RequestLimits
 from serve_app.api.service import Service, load_served_model
 from serve_app.config import IngressUserConfig, ServeArgs
+from serve_app.engine.totals import Counts
 from serve_app.metrics import render
 from serve_app.replica.channel import Channels
 from serve_app.replica.ray_transport import RayTransport
@@ -52,6 +53,7 @@ class Ingress:
         model = await asyncio.to_thread(load_served_model, self.args)
         self.service = Service(model, self.router, self.channels, lambda: self.router.state)
         self.service.keeps_streams = self.args.resume.keep_seconds > 0
+        self.router.set_counts(self._counts)
         self.router.start()
         departure.is_leaving()  # raises here, and not in the middle of a drain
         self.feed: LiveFeed | None = None
@@ -93,10 +95,13 @@ class Ingress:
         logging.getLogger(logs.ROOT).setLevel(config.log_level)
         self.router.set_options(config.router.to_ledger_options(), int(time.time() * 1000))
 
+    def _counts(self) -> Counts:
+        router, service = self.router, self.service
+        return service.counts.counts(router.queue_seconds, service.failover.counters, router.counters)
+
     async def metrics(self) -> str:
-        snapshot = await self.router.look("snapshot")
-        counts = {"stream_events": {(kind,): n for kind, n in self.service.failover.counters.items()}}
-        return render({**snapshot, "ingress_counts": counts}, self.service.model.names[0])
+        snapshot = await self.router.metrics()
+        return await asyncio.to_thread(render, snapshot, self.service.model.names[0])
 
     async def describe(self) -> dict[str, Any]:
         """What it has in hand, for tests and inspection."""

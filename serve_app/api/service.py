@@ -25,6 +25,7 @@ from serve_app.api.embeddings import EmbeddingRequest, check_lengths, embeddings
 from serve_app.api.event_id import ChoiceShown
 from serve_app.api.failover import Failover
 from serve_app.api.headers import EVENT_ID_HEADER, RESUMABLE_HEADER
+from serve_app.api.ingress_counts import IngressCounts, RequestTimes
 from serve_app.api.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -153,6 +154,7 @@ class Service:
         self._replicas = replicas
         self.failover = Failover()
         """Its limits may change while it runs."""
+        self.counts = IngressCounts()
         self._seeds = seeds or random.SystemRandom()
         self._last_state: RouterState | None = None
 
@@ -178,6 +180,7 @@ class Service:
 
         Raises InvalidRequestErrors, and EngineUnavailableError without a replica.
         """
+        arrived_at = asyncio.get_running_loop().time()
         name = self._name_of(request.model)
         state = self.state()
         template, output_format = self.model.chat_template, self.model.output_format
@@ -232,7 +235,14 @@ class Service:
                     if not shown.has_ended:
                         await self._read_on(texts[i, choice_index], token_ids, shown)
             answer.is_over = resumable.event_id.is_over
-        return Generation(self, answer, streams, texts)
+            self.failover.counters["came_back"] += 1
+        times = RequestTimes(
+            self.counts, arrived_at, sum(len(prompt.token_ids) for prompt in prompts), len(streams) * request.n
+        )
+        self.counts.params_n.observe(request.n)
+        if request.given_max_tokens is not None:
+            self.counts.params_max_tokens.observe(request.given_max_tokens)
+        return Generation(self, answer, streams, texts, times)
 
     async def embed(
         self,
@@ -249,6 +259,7 @@ class Service:
 
         Raises InvalidRequestErrors, and what a stream raises.
         """
+        arrived_at = asyncio.get_running_loop().time()
         name, state, model = self._name_of(request.model), self.state(), self.model
         pooling = model.pooling.params(request.dimensions)
         prompts = await self._off_loop(request.num_chars, lambda: request.prompts(model.tokenizer))
@@ -285,12 +296,10 @@ class Service:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+        num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+        self.counts.embedded(loop.time() - arrived_at, num_prompt_tokens, len(prompts))
         return embeddings_body(
-            vectors,
-            request_id=request_id,
-            created=int(time.time()),
-            model=name,
-            num_prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts),
+            vectors, request_id=request_id, created=int(time.time()), model=name, num_prompt_tokens=num_prompt_tokens
         )
 
     async def _embed_one(
@@ -476,6 +485,7 @@ class Generation:
         answer: Answer,
         streams: Sequence[GenerationStream],
         texts: Texts,
+        times: RequestTimes,
     ) -> None:
         self.answer = answer
         self.streams = streams
@@ -485,6 +495,7 @@ class Generation:
         """What ended it, if it did not end by itself."""
         self._service = service
         self._texts = texts
+        self._times = times
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
         """What to send, as it comes; the last chunk is the answer's end. Close it (``aclose``) to give up.
@@ -516,15 +527,27 @@ class Generation:
             if not answer.has_ended:
                 raise RuntimeError("the streams are over, and a choice has no end")  # an error, and never a silent cut
             self.has_ended = True
+            leased = [s.leased_at for s in self.streams if s.leased_at is not None]
+            self._times.answered(min(leased, default=None), asyncio.get_running_loop().time())
             yield last + answer.end()
+        except (asyncio.CancelledError, GeneratorExit):
+            self._broken(FinishReason.ABORT)
+            raise
         except Exception as error:
             self.error = error
+            self._broken(FinishReason.ERROR)
             raise
         finally:
             self._service.num_running -= 1
 
+    def _broken(self, reason: FinishReason) -> None:
+        """Not of a request that was refused, or went while it waited: that is in the HTTP answers."""
+        if any(stream.leased_at is not None for stream in self.streams):
+            self._times.broken(reason)
+
     def _take(self, prompt_index: int, batch: list[TokenOutput]) -> bytes:
         """Tokens to text to bytes."""
+        now = asyncio.get_running_loop().time()
         parts = []
         for output in batch:
             if output.finish_reason is FinishReason.ERROR:
@@ -533,6 +556,10 @@ class Generation:
             delta = text.push(output.token_ids, output.finish_reason, output.stop_token_id)
             if data := self.answer.push(prompt_index, delta, output):
                 parts.append(data)
+            if output.token_ids:
+                self._times.output((prompt_index, output.choice_index), delta.num_tokens, now)
+            if delta.finish_reason is not None:
+                self._times.ended((prompt_index, output.choice_index), delta.finish_reason)
             if delta.finish_reason is not None and output.finish_reason is None:
                 self.streams[prompt_index].end_choice(output.choice_index)  # a stop string
         return parts[0] if len(parts) == 1 else b"".join(parts)

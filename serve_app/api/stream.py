@@ -89,6 +89,8 @@ class GenerationStream:
         """Submits so far."""
         self.replica_id: str | None = None
         """Where it runs, or ran last."""
+        self.leased_at: float | None = None
+        """When it first got room on a replica: seconds of the event loop's clock."""
         self.attempts: list[AttemptNote] = []
         """What became of each."""
         self._leases = leases
@@ -141,6 +143,8 @@ class GenerationStream:
                 await journey.begin_attempt()
                 lease = await self._lease(avoid, journey)
                 note.grant(lease)
+                if self.leased_at is None:
+                    self.leased_at = asyncio.get_running_loop().time()
                 attempt = self._attempt(lease)
                 try:
                     self._outputs = outputs = attempt.start(self._kept(lease))

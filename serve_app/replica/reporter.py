@@ -7,7 +7,9 @@ import contextlib
 from collections.abc import Callable
 
 from serve_app.engine.async_engine import AsyncEngine
+from serve_app.engine.totals import Counts
 from serve_app.logs import get_logger
+from serve_app.metrics import OWN_BOOKS
 from serve_app.replica.lease_table import LeaseTable
 from serve_app.replica.output_hub import ChannelHub
 from serve_app.routing.ledger import ReplicaReport
@@ -64,7 +66,7 @@ class Reporter:
             self._due.clear()
             try:
                 async with asyncio.timeout(REPORT_CALL_SECONDS):
-                    self.num_queued_tokens = await self._router.call("report", self._report())
+                    self.num_queued_tokens = await self._router.call("report", self._report(), self._counts())
             except (RouterUnavailableError, TimeoutError) as error:
                 logger.info("the router did not take a report: %s %s", type(error).__name__, error)
             with contextlib.suppress(TimeoutError):
@@ -107,3 +109,6 @@ class Reporter:
             num_waiting=len(scheduler.waiting),
             is_draining=self._hub.is_draining,
         )
+
+    def _counts(self) -> Counts:
+        return {**self._engine.engine.counts(), OWN_BOOKS: {(): self._table.num_booked_blocks}}

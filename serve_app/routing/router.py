@@ -20,11 +20,13 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from serve_app.engine.totals import Counts
 from serve_app.errors import RaggedServeError
 from serve_app.logs import LogOptions, about_stream, get_logger
 from serve_app.routing.decisions import Decisions
 from serve_app.routing.inquiries import Answers, Inquiries
 from serve_app.routing.ledger import Lease, LeaseRequest, Ledger, LedgerOptions, ReplicaReport
+from serve_app.routing.metrics_board import MetricsBoard
 
 logger = get_logger(__name__)
 
@@ -68,6 +70,7 @@ class Router:
         self._clock = clock
         self.ledger = Ledger(LedgerOptions(), epoch, rebuilding=True, grace_seconds=GRACE_SECONDS)
         self.called_at = clock()
+        self.board = MetricsBoard(self.called_at)
         self._holder_of: dict[str, str] = {}
         """Request that waits -> who asked."""
         self._mailboxes: dict[str, list[tuple[str, Answer]]] = {}
@@ -118,12 +121,14 @@ class Router:
         settled: list[Settled],
         withdrawn: list[str],
         lost_replicas: list[str],
+        counts: tuple[int, Counts] | None = None,
     ) -> RouterState:
         """What happened at an ingress; also its sign of life. Safe to say twice.
 
-        ``lost_replicas``: calls to them fail.
+        ``lost_replicas``: calls to them fail. ``counts``: see MetricsBoard.tell.
         """
         now = self._called()
+        self.board.tell(holder_id, counts, now)
         self.ledger.renew(holder_id, now)
         for lease_id, num_output_tokens in settled:
             self.ledger.settle(lease_id, num_output_tokens, now)
@@ -173,9 +178,13 @@ class Router:
 
     # ---- replica -------------------------------------------------------------------------------------------------
 
-    async def report(self, report: ReplicaReport) -> int:
-        """The replica's table; see Ledger.report. Returns the budget that the queue waits for, for autoscaling."""
-        self.ledger.report(report, self._called())
+    async def report(self, report: ReplicaReport, counts: Counts | None = None) -> int:
+        """The replica's table; see Ledger.report. ``counts``: see MetricsBoard.report. Returns the budget that the queue
+        waits for, for autoscaling."""
+        now = self._called()
+        self.ledger.report(report, now)
+        if counts is not None:
+            self.board.report(report.replica_id, report.report_number, counts, now)
         self._deliver()
         return self.ledger.num_queued_budget
 
@@ -190,6 +199,12 @@ class Router:
     async def snapshot(self) -> dict[str, Any]:
         """Ledger.snapshot, with the process that it lives in."""
         return {**self.ledger.snapshot(), "pid": os.getpid()}
+
+    async def metrics(self, holder_id: str, counts: tuple[int, Counts]) -> dict[str, Any]:
+        """The same, and what all have counted, for serve_app.metrics. ``counts``: of the ingress that asks."""
+        now = self._called()
+        self.board.tell(holder_id, counts, now)
+        return {**await self.snapshot(), **self.board.snapshot(now)}
 
     async def books(self) -> dict[str, Any]:
         """Each replica's live leases as the ledger has them: for tests and inspection."""

@@ -14,13 +14,16 @@ import contextlib
 import contextvars
 import dataclasses
 import itertools
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple, Protocol
 
+from serve_app.engine.totals import Counts, Histogram
 from serve_app.errors import DeadlineExceededError, EngineUnavailableError, ServerDrainingError
 from serve_app.logs import LogOptions, get_logger
+from serve_app.metrics import INGRESS
 from serve_app.routing.ledger import Lease, LeaseRequest, LedgerOptions, num_blocks_for
 from serve_app.routing.router import Answer, RouterState, Settled
 
@@ -74,7 +77,9 @@ class RouterClient:
         """What the router said last."""
         self.is_away = False
         """The last call failed."""
-        self.counters: Counter[str] = Counter()
+        self.counters: Counter[str] = Counter(failed_calls=0, own_leases=0, router_lives=0)
+        self.queue_seconds = Histogram(INGRESS["queue_seconds"].bounds)
+        """How long the leases were waited for."""
         self._seam = seam
         self._replica_ids = replica_ids
         self._away_seconds = away_seconds
@@ -99,6 +104,12 @@ class RouterClient:
         self._options: tuple[LedgerOptions, int] | None = None
         self._told_options: tuple[int, int] | None = None
         """Epoch and version that the router has."""
+        self._count: Callable[[], Counts] = dict
+        self._counted_at = -math.inf
+        """Seconds of the event loop's clock: when the router was told last, or there was nothing new."""
+        self._num_counts = 0
+        self._told_counts: Counts = {}
+        """What the router has."""
         self._logs: LogOptions | None = None
         self._told_logs: int | None = None
         """Epoch of the router that has heard of them."""
@@ -149,6 +160,7 @@ class RouterClient:
             self._drop(request_id, answer)
             raise
         self._waiters.pop(request_id, None)
+        self.queue_seconds.observe(asyncio.get_running_loop().time() - now)
         self._own[lease.lease_id] = lease.replica_id, lease.num_tokens
         return lease
 
@@ -175,6 +187,10 @@ class RouterClient:
         self._options = options, version
         self._has_news.set()
 
+    def set_counts(self, count: Callable[[], Counts]) -> None:
+        """What ``count`` returns goes to the router about once in RENEW_SECONDS, if it has changed, and at the end."""
+        self._count = count
+
     def set_logs(self, options: LogOptions) -> None:
         """The same for how its process logs: a router outlives the configuration that it was made with."""
         self._logs = options
@@ -193,6 +209,11 @@ class RouterClient:
             return await self._call(CALL_SECONDS, method, *args)
         except RouterUnavailableError as error:
             raise EngineUnavailableError(f"the router does not answer: {error}") from error
+
+    async def metrics(self) -> dict[str, Any]:
+        """`Router.metrics`, with what this ingress has counted up to now. Raises EngineUnavailableError."""
+        self._num_counts += 1
+        return await self.look("metrics", self.holder_id, (self._num_counts, self._count()))
 
     @property
     def num_waiting(self) -> int:
@@ -351,9 +372,12 @@ class RouterClient:
         boxes: tuple[dict[str, Any], ...] = (self._settled, self._withdrawn, self._lost)
         told = tuple(dict(box) for box in boxes)
         epoch = None if self.state is None else self.state.epoch
+        counts = self._new_counts()
         state: RouterState = await self._call(
-            CALL_SECONDS, "tell", self.holder_id, list(told[0].values()), *(list(box) for box in told[1:])
+            CALL_SECONDS, "tell", self.holder_id, list(told[0].values()), *(list(box) for box in told[1:]), counts
         )
+        if counts is not None:
+            self._told_counts = counts[1]
         for box, sent in zip(boxes, told, strict=True):
             for key in sent:
                 box.pop(key, None)
@@ -371,7 +395,21 @@ class RouterClient:
             self._new = {**self._queued, **self._new}  # its queue is empty
             self._queued = {}
             self._has_new.set()
+            self._told_counts, self._counted_at = {}, -math.inf
+            self._has_news.set()
         self._answered.set()
+
+    def _new_counts(self) -> tuple[int, Counts] | None:
+        """With an ascending number. None: it is too early, or the router has them."""
+        now = asyncio.get_running_loop().time()
+        if now - self._counted_at < RENEW_SECONDS and not self._is_closed:
+            return None
+        counts = self._count()
+        self._counted_at = now
+        if counts == self._told_counts:
+            return None
+        self._num_counts += 1
+        return self._num_counts, counts
 
     async def _call(self, seconds: float, method: str, *args: Any) -> Any:
         try:

@@ -160,17 +160,19 @@ class House:
         self._epoch += 1
         self.router = Router(self._epoch)
         self.router.ledger._grace_seconds = 0.1
+        self.router.board._settled_at = 0.0
 
     async def metrics(self) -> str:
-        snapshot = await self.client.look("snapshot")
-        counts = {"stream_events": {(kind,): n for kind, n in self.service.failover.counters.items()}}
-        return render({**snapshot, "ingress_counts": counts}, self.model.names[0])
+        return render(await self.client.metrics(), self.model.names[0])
 
     def make_client(self, name: str) -> tuple[RouterClient, Channels, Service]:
         client = RouterClient(self, name, lambda: list(self.transport.hubs), away_seconds=0.2, seed=0)
         channels = Channels(self.transport, name)
         service = Service(self.model, client, channels, lambda: client.state, seeds=random.Random(0))
         service.keeps_streams = self.args.resume.keep_seconds > 0
+        client.set_counts(
+            lambda: service.counts.counts(client.queue_seconds, service.failover.counters, client.counters)
+        )
         client.start()
         return client, channels, service
 

@@ -23,6 +23,7 @@ import uvicorn
 from serve_app.api.event_id import EventId, decode_event_id, encode_event_id
 from serve_app.api.http_app import build_app
 from serve_app.engine.simulated_runner import _ROOT, _mix
+from serve_app.metrics import render
 from serve_app.replica.kept import KeptRequests, Record
 from tests.api.house import House
 from tests.tiny_models import TOKENIZER_SIZE, make_tiny_model
@@ -455,7 +456,7 @@ class OtherIngress:
         self._name = name
 
     async def metrics(self) -> str:
-        return ""
+        return render(await self.client.metrics(), self._house.model.names[0])
 
     def __enter__(self) -> OtherIngress:
         self._house.run(self._start())
