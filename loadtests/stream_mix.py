@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +60,15 @@ _LIST = {
     },
 }
 """A sentence that ends by itself, behind more than 200 tokens."""
+_TOOL = {
+    "name": "save_rows",
+    "parameters": {"type": "object", "properties": {"rows": _LIST["schema"]}, "required": ["rows"]},
+}
+_FORCED = {
+    "tools": [{"type": "function", "function": _TOOL}],
+    "tool_choice": "required",
+    "parallel_tool_calls": False,
+}
 
 KINDS: tuple[Kind, ...] = (
     Kind("greedy", COMPLETIONS, {**_ON, "temperature": 0.0}),
@@ -83,6 +93,7 @@ KINDS: tuple[Kind, ...] = (
     Kind("chat, min_tokens and min_p", CHAT, {"min_tokens": 220, "max_tokens": 500, "temperature": 1.1, "min_p": 0.02}),
     Kind("JSON by a schema", CHAT, {**_HELD, "response_format": {"type": "json_schema", "json_schema": _LIST}}),
     Kind("regex, two choices", COMPLETIONS, {**_HELD, "n": 2, "structured_outputs": {"regex": "([a-z]{2,9} ){150}"}}),
+    Kind("forced tool call", CHAT, {**_HELD, **_FORCED}),
     Kind("chat, stop string", CHAT, {**_WARM, "max_tokens": 400}, is_long=True, stops=True),
 )
 
@@ -144,6 +155,8 @@ class ChoiceRead:
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     prompt_token_ids: list[int] | None = None
+    calls: list[Json] = field(default_factory=list)
+    """Of tools: id, name, arguments."""
 
 
 @dataclass
@@ -201,12 +214,21 @@ class AnswerRead:
             if choice.finish_reason is not None:
                 self.error = f"choice {said['index']} goes on behind its end"
             choice.text += said["text"] if "text" in said else said[chat_text].get("content") or ""
+            self._take_calls(choice, said.get(chat_text, {}).get("tool_calls") or ())
             choice.token_ids += said.get("token_ids") or ()
             for name, values in (said["logprobs"] or {}).items():
                 choice.logprobs.setdefault(name, []).extend(values)
             choice.finish_reason = said["finish_reason"] or choice.finish_reason
             choice.stop_reason = said.get("stop_reason") or choice.stop_reason
             choice.prompt_token_ids = said.get("prompt_token_ids") or choice.prompt_token_ids
+
+    def _take_calls(self, choice: ChoiceRead, calls: Sequence[Json]) -> None:
+        for call in calls:
+            function = call["function"]
+            if call.get("index", len(choice.calls)) == len(choice.calls):
+                choice.calls.append({"id": call["id"], "name": function["name"], "arguments": function["arguments"]})
+            else:
+                choice.calls[call["index"]]["arguments"] += function["arguments"]
 
     def canonical(self) -> bytes:
         """What must be equal, as bytes. Floats stand there as the server wrote them: shortest form, every bit."""
@@ -215,6 +237,7 @@ class AnswerRead:
             {
                 "index": index,
                 "text": choice.text,
+                "calls": [[call["name"], call["arguments"]] for call in choice.calls],
                 "token_ids": choice.token_ids,
                 "logprobs": choice.logprobs,
                 "finish_reason": choice.finish_reason,

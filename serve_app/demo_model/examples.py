@@ -1,4 +1,4 @@
-"""What the toy model learns first: small questions with their answers, made from word lists and a seed. No model, no file.
+"""What the toy model learns: small questions with their answers, made from word lists and a seed. No model, no file.
 
 An example is one exchange, or a few. What it is about has a key, and every tenth key is held out: no training text
 ever holds its prompt. The answers are exact, but for stories and poems, which must name what the prompt names.

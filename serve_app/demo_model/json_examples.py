@@ -1,5 +1,4 @@
-"""What the toy model is to learn second: to answer in JSON, and with one word. The bundled weights have
-not seen it (README.md says why). No model, no file.
+"""What the toy model learns of answers in a given form: JSON, or one word. No model, no file.
 
 JSON is as ``json.dumps`` writes it. As in examples.py, every tenth key is held out.
 """

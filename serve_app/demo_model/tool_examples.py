@@ -1,5 +1,4 @@
-"""What the toy model is to learn second: to call a tool where one fits, and to state what the tool answered. The bundled
-weights have not seen it (README.md says why). No model, no file.
+"""What the toy model learns of tools: to call one where it fits, and to state what it answered. No model, no file.
 
 A tool is offered as the JSON that clients send; a call and a result are written as the chat template writes them. As in
 examples.py, every tenth key is held out.
@@ -463,5 +462,5 @@ def tool_chat(rng: Random) -> Example:
     return Example("chat", "", tuple(turns), system=system, tools=tuple(offered(rng, tool) for tool in tools))
 
 
-TOOL_KINDS: dict[Callable[[Random], Example], float] = {calling: 0.0, reporting: 0.0, json_answer: 8.0, brief: 2.0}
-"""The kinds of the second part and their share of its chats. Those with tools have chats of their own."""
+TOOL_KINDS: dict[Callable[[Random], Example], float] = {calling: 0.0, reporting: 0.0, json_answer: 6.0, brief: 2.0}
+"""Further kinds and their share of the chats. Those with tools have chats of their own."""

@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 
 from serve_app.demo_model import train
 from serve_app.demo_model.examples import (
-    KINDS,
     Example,
     chat,
     draw,
@@ -26,9 +25,12 @@ from serve_app.demo_model.examples import (
     story,
     sums,
 )
+from serve_app.demo_model.json_examples import practised
+from serve_app.demo_model.tool_examples import TOOL_KINDS, tool_chat
 from serve_app.llm import LLM, SamplingParams
 from serve_app.text.chat_template import ChatTemplate
 from serve_app.text.tokenizer import Tokenizer
+from serve_app.text.tool_formats import detect_tool_format
 
 DIRECTORY = train.DIRECTORY
 FILES = (
@@ -57,17 +59,18 @@ def tokenizer() -> Tokenizer:
 def test_a_seed_gives_the_same_text_and_another_seed_another() -> None:
     def text(seed: int) -> list[object]:
         rng = Random(seed)
-        return [what(rng) for _ in range(50) for what in (chat, plain_text, question_sheet, sums)]
+        return [what(rng) for _ in range(50) for what in (chat, plain_text, question_sheet, sums, tool_chat)]
 
     assert text(3) == text(3)
     assert text(3) != text(4)
-    assert held_out_set(3) == held_out_set(3)
+    assert held_out_set(3, kinds=train.ALL_KINDS) == held_out_set(3, kinds=train.ALL_KINDS)
+
+
+def plain(prompt: str) -> str:
+    return prompt.lower().rstrip(".?!")
 
 
 def test_no_training_text_holds_a_held_out_prompt() -> None:
-    def plain(prompt: str) -> str:
-        return prompt.lower().rstrip(".?!")
-
     examples = held_out_set(25)
     assert all(example.is_held_out for example in examples)
     assert set(Counter(example.kind for example in examples).values()) == {25}
@@ -83,6 +86,17 @@ def test_no_training_text_holds_a_held_out_prompt() -> None:
     # On a sheet the question has a line of its own: no told facts of a held-out prompt may stand there either.
     told = {example.key for example in held_out_set(25) if example.kind == "described"}
     assert not {plain(text) for text in told} & sheets
+
+
+def test_no_training_text_holds_a_held_out_prompt_of_json() -> None:
+    examples = held_out_set(25, kinds=TOOL_KINDS)
+    assert Counter(example.kind for example in examples) == {"calling": 25, "reporting": 25, "json": 25, "brief": 25}
+    asked = {plain(example.turns[0][0]) for example in examples if not example.tools and not example.system}
+    rng = Random(8)
+    trained = {plain(user) for _ in range(8000) for user, _ in chat(rng, train.ALL_KINDS).turns}
+    trained |= {plain(user) for _ in range(500) for user, _ in practised(rng).turns}
+    assert len(trained) > 5000
+    assert not asked & trained
 
 
 def test_a_sheet_asks_once_about_each_told_fact_and_answers_from_it() -> None:
@@ -108,7 +122,7 @@ def test_a_sheet_asks_once_about_each_told_fact_and_answers_from_it() -> None:
 
 def test_about_a_tenth_of_every_kind_is_held_out() -> None:
     rng = Random(5)
-    for kind in KINDS:
+    for kind in train.ALL_KINDS:
         keyed = [example for example in (kind(rng) for _ in range(600)) if example.key]
         if keyed:
             share = sum(example.is_held_out for example in keyed) / len(keyed)
@@ -142,18 +156,17 @@ def test_training_gives_the_same_files_again_also_when_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train, "TOKENS_PER_STEP", 300)
-    train.train(tmp_path / "whole", 3)
+    made = train.make_tokenizer()
+    monkeypatch.setattr(train, "make_tokenizer", lambda: made)
+    train.train(tmp_path / "whole", 3, num_threads=1)
     checkpoint = tmp_path / "checkpoint.pt"
     make_step = train.make_step
-
-    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", -1)
     with monkeypatch.context() as patch:
+        patch.setattr(train, "CHECKPOINT_SECONDS", -1)
         patch.setattr(train, "make_step", lambda tokenizer, step: make_step(tokenizer, step) if step < 2 else stop())
         with pytest.raises(KeyboardInterrupt):
             train.train(tmp_path / "parts", 3, checkpoint)
     assert torch.load(checkpoint, weights_only=True)["step"] == 2
-    made = train.tokenizers.Tokenizer.from_file(str(tmp_path / "parts" / "tokenizer.json"))
-    monkeypatch.setattr(train, "make_tokenizer", lambda: made)
     train.train(tmp_path / "parts", 3, checkpoint)
     for file in set(FILES) - {"README.md"}:
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes(), file
@@ -203,6 +216,10 @@ def test_a_digit_is_a_token_and_so_is_each_mark_of_a_turn(tokenizer: Tokenizer) 
     assert [tokenizer.decode([token_id]) for token_id in tokenizer.encode("12+345")] == [*"12+345"]
     for token in train.SPECIAL_TOKENS:
         assert len(tokenizer.encode(token)) == 1
+    for token in train.TOOL_TOKENS:
+        ids = tokenizer.encode(token)
+        assert len(ids) == 1
+        assert tokenizer.decode(ids, skip_special_tokens=True) == token  # a parser of tool calls reads it
     assert tokenizer.eos_token == "<|im_end|>"
     assert tokenizer.decode(tokenizer.encode("naïve ♥ 東京\n\t x")) == "naïve ♥ 東京\n\t x"
 
@@ -223,23 +240,63 @@ def test_the_template_renders_the_usual_form(tokenizer: Tokenizer) -> None:
     assert template.render(messages, add_generation_prompt=True) == text + "<|im_start|>assistant\n"
 
 
+def test_the_template_is_known_as_one_of_hermes() -> None:
+    found = detect_tool_format((DIRECTORY / "chat_template.jinja").read_text())
+    assert found is not None
+    assert found.name == "hermes"
+
+
+def test_the_template_renders_tools_calls_and_results(tokenizer: Tokenizer) -> None:
+    template = ChatTemplate(tokenizer.chat_templates, tokenizer.special_tokens)
+    properties = {"word": {"type": "string", "enum": ["a", "b"]}, "how": {"type": ["null", "string"]}, "x": True}
+    parameters = {"type": "object", "properties": properties, "required": ["word"]}
+    find = {"type": "function", "function": {"name": "find", "description": "Finds.", "parameters": parameters}}
+    stop = {"type": "function", "function": {"name": "stop"}}
+    call = {"id": "1", "type": "function", "function": {"name": "find", "arguments": '{"word":  "a"}'}}
+    messages = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": None, "tool_calls": [call, call]},
+        {"role": "tool", "tool_call_id": "1", "content": "x"},
+        {"role": "tool", "tool_call_id": "1", "content": "y"},
+        {"role": "assistant", "content": "I look again.", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "z"},
+    ]
+    called = '<tool_call>\n{"name": "find", "arguments": {"word":  "a"}}\n</tool_call>'
+    text = template.render(messages, tools=[find, stop], add_generation_prompt=True)
+    assert text == (
+        '<|im_start|>system\nBe kind.\n\nTools:\nfind {"word": string, "how": any, "x": any} Finds.\nstop {}<|im_end|>\n'
+        f"<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n{called}\n{called}<|im_end|>\n"
+        "<|im_start|>user\n<tool_response>\nx\n</tool_response>\n<tool_response>\ny\n</tool_response><|im_end|>\n"
+        f"<|im_start|>assistant\nI look again.\n{called}<|im_end|>\n"
+        "<|im_start|>user\n<tool_response>\nz\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    )
+    plain_text = template.render(messages[:2], tools=None)
+    assert plain_text == template.render(messages[:2], tools=[])
+    assert "Tools" not in plain_text
+
+
 def test_the_training_text_has_the_form_and_the_tokens_of_the_template(tokenizer: Tokenizer) -> None:
     template = ChatTemplate(tokenizer.chat_templates, tokenizer.special_tokens)
-    rng, twin = Random(11), Random(11)
-    num_chats = 0
-    for _ in range(60):
-        pieces = train.document(rng)
-        twin.random(), twin.random()  # which decide about mere repetition and about sheets of questions
-        if twin.random() < 0.14:  # plain text
-            twin.setstate(rng.getstate())
-            continue
-        example = chat(twin)
-        num_chats += 1
-        whole = template.render([*example.messages(), {"role": "assistant", "content": example.answer}])
+    rng = Random(11)
+    for i in range(60):
+        example = tool_chat(rng) if i % 2 else chat(rng, train.ALL_KINDS)
+        pieces = train.chat_pieces(example)
+        offered = [json.loads(tool) for tool in example.tools] or None
+        whole = template.render([*example.messages(), {"role": "assistant", "content": example.answer}], tools=offered)
         assert "".join(text for text, _ in pieces) == whole
         assert [token_id for text, _ in pieces for token_id in tokenizer.encode(text)] == tokenizer.encode(whole)
         assert "".join(text for text, is_learned in pieces if is_learned).count("<|im_end|>") == len(example.turns)
-    assert num_chats > 30
+
+
+def test_every_kind_of_text_is_trained_on() -> None:
+    rng = Random(12)
+    texts = ["".join(text for text, _ in train.document(rng, 0.1, 0.1)) for _ in range(300)]
+    chats = [text for text in texts if text.startswith("<|im_start|>")]
+    assert sum("Tools:\n" in text for text in chats) > 20
+    assert sum("JSON" in text for text in chats) > 20
+    assert sum(text.endswith("<|endoftext|>") for text in texts) > 20
+    assert len(chats) > 150
 
 
 # ---- the answers -----------------------------------------------------------------------------------------------------
@@ -247,11 +304,11 @@ def test_the_training_text_has_the_form_and_the_tokens_of_the_template(tokenizer
 
 @pytest.fixture(scope="module")
 def scores(llm: LLM) -> dict[str, float]:
-    return train.evaluate(llm, held_out_set(30))[0]
+    return train.evaluate(llm, held_out_set(30, kinds=train.ALL_KINDS))[0]
 
 
 def test_held_out_prompts_are_answered_as_well_as_the_readme_says(scores: dict[str, float]) -> None:
-    assert len(scores) == 11
+    assert len(scores) == 15
     rows = dict(re.findall(r"^\| (\w+) \| +(\d+) % \|", (DIRECTORY / "README.md").read_text(), flags=re.MULTILINE))
     assert set(rows) == set(scores)
     for kind, score in scores.items():

@@ -29,7 +29,16 @@ def test_the_mix_has_every_kind_and_is_the_same_again() -> None:
     assert {item.kind.path for item in items} == {"/v1/completions", CHAT}
     assert len({json.dumps(item.body) for item in items}) == len(items)
     fields = {name for item in items for name in item.body}
-    assert fields >= {"n", "logprobs", "presence_penalty", "repetition_penalty", "min_tokens", "ignore_eos", "echo"}
+    assert fields >= {
+        "n",
+        "tools",
+        "logprobs",
+        "presence_penalty",
+        "repetition_penalty",
+        "min_tokens",
+        "ignore_eos",
+        "echo",
+    }
     assert all(item.body["max_tokens"] >= 200 for item in items)
     sent = items[0].sent(stream=True)
     assert sent["stream"]
@@ -62,6 +71,30 @@ def read(*events: bytes) -> AnswerRead:
 
 
 USAGE = json.dumps({"id": "cmpl-1", "choices": [], "usage": {"total_tokens": 5}}).encode()
+
+
+def test_a_call_is_put_together_and_counts() -> None:
+    def chunk(delta: dict[str, Any], reason: str | None = None) -> bytes:
+        return json.dumps(
+            {"id": "c", "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}]}
+        ).encode()
+
+    def part(index: int, arguments: str, **first: str) -> dict[str, Any]:
+        name = {"name": first.pop("name")} if first else {}
+        return {"tool_calls": [{"index": index, "function": {**name, "arguments": arguments}, **first}]}
+
+    end = chunk({}, "tool_calls"), b"[DONE]"
+    one = read(chunk(part(0, "", name="f", id="x")), chunk(part(0, "[1")), chunk(part(0, "]")), *end)
+    other = read(chunk(part(0, "[1]", name="f", id="x")), *end)
+    assert one.choices[0].calls == [{"id": "x", "name": "f", "arguments": "[1]"}]
+    assert one.canonical() == other.canonical()
+    whole = AnswerRead()
+    call = {"id": "x", "type": "function", "function": {"name": "f", "arguments": "[1]"}}
+    message = {"role": "assistant", "content": None, "tool_calls": [call]}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "tool_calls"}
+    whole.take_body(json.dumps({"id": "c", "choices": [choice]}).encode())
+    assert whole.canonical() == one.canonical()
+    assert read(chunk(part(0, "[2]", name="f", id="x")), *end).canonical() != one.canonical()
 
 
 def test_where_events_end_makes_no_difference_and_all_else_does() -> None:
