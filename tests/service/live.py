@@ -183,6 +183,7 @@ class Service:
         (raylet,) = (process for process in self.processes() if process.name() == "raylet")
         (address,) = (part.split("=", 1)[1] for part in raylet.cmdline() if part.startswith("--gcs-address="))
         assert not address.endswith(":0"), address
+        self.ray_address = address
         ray.init(address=address, namespace="serve", log_to_driver=False)
         self._ray = ray
         from ray import serve
