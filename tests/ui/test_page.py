@@ -144,7 +144,7 @@ def test_a_killed_replica_and_the_answer_goes_on(browser: Chromium) -> None:
         log = "document.querySelector('#log').textContent"
         page.wait(f"{log}.includes('Replica replica{there} is lost')")
         page.wait(f"{log}.includes('1 stream resumed')")
-        page.wait(f"{log}.includes('Replica replica{1 - there} goes on with what ran elsewhere')")
+        page.wait(f"{log}.includes('1 request of another replica goes on here: replica{1 - there}')")
         page.wait("document.querySelector('.replica.gone h3')?.textContent.endsWith('gone')")
         moving = columns(page)[1 - there]
         page.wait(f"document.querySelectorAll('canvas')[{1 - there}].dataset.steps > {moving} + 20")

@@ -2,13 +2,14 @@
 
 import { Chat } from "./chat.js";
 import { Feed, refusal } from "./feed.js";
-import { Kind, Picture, nameOf, readColours, readStep, wordsOf } from "./picture.js";
+import { Kind, Picture, nameOf, plural, readColours, readStep, wordsOf } from "./picture.js";
 
 const $ = (id) => document.getElementById(id);
 const FIGURES_MS = 500; // between two changes of figures: words are read, not watched
 const TABLE_MS = 1000;
 const STILL_MS = 2000; // the same of pictures, for who wants no motion
 const GONE_MS = 20000; // a replica that has gone is shown for so long
+const SAME_MS = 4000; // events of one kind within this time are one line
 const MAX_KNOWN = 4000; // requests whose replica is remembered
 
 const still = matchMedia("(prefers-reduced-motion: reduce)");
@@ -145,7 +146,7 @@ class Replica {
       ["tokens/s", number(rate(2))],
       ["blocks", `${number(head.num_used_blocks)} of ${number(head.num_blocks)}`],
       ["free budget", known ? `${number(known.num_free_blocks * known.block_size)} tokens` : "–"],
-      ["computed again", number(head.num_recomputed_tokens)],
+      ...(head.num_recomputed_tokens ? [["computed again", number(head.num_recomputed_tokens)]] : []),
     ]);
     const step = this.picture.lastStep;
     this.canvas.dataset.steps = this.picture.numColumns;
@@ -157,6 +158,7 @@ class Replica {
 }
 
 const INSPECT_HINT = $("inspected").textContent;
+const lines = new Map(); // what happened -> its last line in the log
 const notes = new Map(); // replica -> names of requests that have just come to it
 
 // ---- the feed --------------------------------------------------------------------------------------------------------
@@ -176,19 +178,18 @@ function take(message) {
     if (message.events.length && message.events.at(-1).event < lastEvent) lastEvent = 0; // another ingress, or a new watch
   }
   for (const event of message.events) {
-    if (event.event > lastEvent) happen(new Date(event.at_ms), ...wordsOfEvent(event));
+    if (event.event > lastEvent) happen(event.at_ms, `${event.kind} ${event.replica}`, event.number, (count) => wordsOfEvent(event, count));
     lastEvent = Math.max(lastEvent, event.event);
   }
   for (const [id, names] of notes) {
-    const some = [...names].slice(0, 6).join(", ");
-    happen(new Date(message.at_ms), `Replica ${id} goes on with what ran elsewhere: ${some}${names.size > 6 ? ", …" : ""}`, false);
+    happen(message.at_ms, `moved ${id}`, names.size, (count) => [`${plural(count, "request")} of another replica ${count === 1 ? "goes" : "go"} on here: ${id}`, false]);
   }
   notes.clear();
 }
 
-function wordsOfEvent({ kind, number: count, replica }) {
-  const streams = count === 1 ? "1 stream" : `${count} streams`;
-  const requests = count === 1 ? "1 request" : `${count} requests`;
+function wordsOfEvent({ kind, replica }, count) {
+  const streams = plural(count, "stream");
+  const requests = plural(count, "request");
   const words = {
     replica_joined: [`Replica ${replica} is there`, false],
     replica_draining: [`Replica ${replica} drains: it ends what it has`, false],
@@ -199,7 +200,7 @@ function wordsOfEvent({ kind, number: count, replica }) {
     streams_resumed: [`${streams} resumed: their clients saw nothing of it`, false],
     streams_given_up: [`${streams} given up`, true],
     replica_killers: [`${requests} refused: replicas die of them`, true],
-    preempted: [`${count === 1 ? "1 sequence" : `${count} sequences`} preempted on ${replica}: no block was free`, false],
+    preempted: [`${plural(count, "sequence")} preempted on ${replica}: no block was free`, false],
     refused: [`${requests} refused with 429: the queue is full, or the wait too long`, true],
     timed_out: [`${requests} waited too long in the queue`, true],
     router_away: ["The router does not answer", true],
@@ -208,14 +209,24 @@ function wordsOfEvent({ kind, number: count, replica }) {
   return words[kind] ?? [kind, false];
 }
 
-function happen(at, words, isBad) {
+/** One more line on top of the log; or more of what an earlier line says, if that is not long ago. */
+function happen(atMs, what, count, words) {
   const log = $("log");
-  const line = element("li");
-  const time = element("time", at.toLocaleTimeString("en-GB"));
-  time.dateTime = at.toISOString();
-  line.append(time, element("span", isBad ? `! ${words}` : words, isBad ? "bad" : ""));
-  log.prepend(line);
-  while (log.children.length > 80) log.lastChild.remove();
+  let line = lines.get(what);
+  if (!line || atMs - line.atMs > SAME_MS || !line.item.isConnected) {
+    line = { atMs, count: 0, item: element("li") };
+    const time = element("time", new Date(atMs).toLocaleTimeString("en-GB"));
+    time.dateTime = new Date(atMs).toISOString();
+    line.item.append(time, element("span"));
+    log.prepend(line.item);
+    lines.set(what, line);
+    while (log.children.length > 80) log.lastChild.remove();
+    if (lines.size > 200) lines.delete(lines.keys().next().value);
+  }
+  line.count += count;
+  const [text, isBad] = words(line.count);
+  line.item.lastChild.textContent = isBad ? `! ${text}` : text;
+  line.item.lastChild.className = isBad ? "bad" : "";
 }
 
 function say(state, words) {

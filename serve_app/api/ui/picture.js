@@ -23,7 +23,7 @@ export function readStep(told) {
 
 export const nameOf = (id) => id.toString(16).padStart(8, "0").slice(0, 4);
 
-const plural = (number, one, many = `${one}s`) => `${number.toLocaleString("en")} ${number === 1 ? one : many}`;
+export const plural = (number, one, many = `${one}s`) => `${number.toLocaleString("en")} ${number === 1 ? one : many}`;
 
 export function wordsOf(step, budget) {
   const count = (test) => step.runs.filter(test).length;
@@ -294,7 +294,7 @@ export class Picture {
         context.lineWidth = 1.5;
         context.strokeRect(x + 0.75, top + seam + 0.75, width - 1.5, bottom - top - seam - 1.5);
       }
-      if (this.isMoved(run.id)) {
+      if (bottom - top > 7 && this.isMoved(run.id)) {
         context.fillStyle = colours.text;
         context.beginPath();
         context.moveTo(x + 1, top + seam);
