@@ -11,6 +11,8 @@ RaggedServeError                  500 internal_error
 |  |- RequestTooLargeError        400 request_too_large        could never fit this replica's KV cache
 |  |- InvalidApiKeyError          401 invalid_api_key          no key, or none of ours
 |  |- UnknownModelError           404 model_not_found          no model of that name is served
+|  |- RequestNotFoundError        404 request_not_found        no request of that id is remembered
+|  |- NotEnabledError             404 not_enabled              the server can do it, and was not told to
 |  |- InvalidEventIdError         400 invalid_event_id         Last-Event-ID is none of ours, or of another request
 |  |- UnknownStreamError          404 stream_not_found         it began with another body or another key
 |  |- StreamResumedError          409 stream_resumed           its client goes on reading it somewhere else
@@ -131,6 +133,30 @@ class UnknownModelError(InvalidRequestError):
         names = ", ".join(served)
         super().__init__(f"there is no model {shown!r} here" + (f"; served: {names}" if names else ""))
         self.param = "model"
+
+
+class RequestNotFoundError(InvalidRequestError):
+    status = 404
+    code = "request_not_found"
+
+    def __init__(self, request_id: str) -> None:
+        shown = request_id if len(request_id) <= 160 else request_id[:157] + "..."
+        super().__init__(
+            f"no request {shown!r} of yours is known: it must be the X-Request-Id or the answer's id of a recent or running"
+            " request, made with the same API key"
+        )
+        self.param = "id"
+
+
+class NotEnabledError(InvalidRequestError):
+    """``option``: what would have to be true, in the configuration."""
+
+    status = 404
+    code = "not_enabled"
+
+    def __init__(self, option: str) -> None:
+        super().__init__(f"this is off; {option}: true in the configuration of the server switches it on")
+        self.param = option
 
 
 class InvalidEventIdError(InvalidRequestError):

@@ -139,7 +139,7 @@ def _install(root: logging.Logger, formatter: logging.Formatter) -> None:
 def _exception(record: logging.LogRecord) -> str:
     if not record.exc_info:
         return record.exc_text or ""
-    return logging.Formatter().formatException(record.exc_info)  # type: ignore[arg-type]
+    return logging.Formatter().formatException(record.exc_info)
 
 
 def _plain(value: object) -> str:

@@ -51,6 +51,7 @@ from serve_app.errors import (
     InvalidApiKeyError,
     InvalidParameterError,
     InvalidRequestError,
+    NotEnabledError,
     RaggedServeError,
 )
 from serve_app.logs import about, get_logger
@@ -242,12 +243,14 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 
 async def _handle_error(request: Request, error: Exception) -> Response:
-    if not isinstance(error, RaggedServeError | HTTPException):
-        path, request_id = request.url.path, request.state.request_id
-        logger.error("%s %s failed", request.method, path, exc_info=error, extra=about(request_id))
-    if (note := request.scope["state"].get("note")) is not None:
-        note.error = error
-    return error_response(error, method=request.method, path=request.url.path).as_response()
+    path, note = request.url.path, request.scope["state"].get("note")
+    answer = error_response(error, method=request.method, path=path)
+    # What a client got wrong is no failure, and its traceback would show what it sent.
+    if answer.status >= 500 and not isinstance(error, RaggedServeError | HTTPException):
+        logger.error("%s %s failed", request.method, path, exc_info=error, extra=about(request.state.request_id))
+    if note is not None:
+        note.error = answer
+    return answer.as_response()
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------
@@ -462,6 +465,12 @@ def _add_routes(app: FastAPI, face: Face) -> None:
     @app.get("/metrics", tags=["server"], summary="The whole deployment in Prometheus text")
     async def metrics() -> PlainTextResponse:
         return PlainTextResponse(await face.metrics(), media_type=CONTENT_TYPE)
+
+    @app.get("/v1/requests/{request_id:path}/explain", tags=["server"], summary="Where a recent request ran, and why")
+    async def explain(request: Request, request_id: str) -> JSONResponse:
+        if face.service.explainer is None:
+            raise NotEnabledError("api.explain")
+        return JSONResponse(await face.service.explainer.explain(request_id, request.scope["state"]["owner"]))
 
     @app.get("/version", tags=["server"], summary="The version of this server")
     async def show_version() -> JSONResponse:

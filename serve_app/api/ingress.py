@@ -18,10 +18,12 @@ from ray import serve
 
 from serve_app import logs
 from serve_app.api.draining import Draining
+from serve_app.api.explain import Explainer
 from serve_app.api.failover import FailoverLimits
 from serve_app.api.http_app import build_app
 from serve_app.api.live_feed import LiveFeed
 from serve_app.api.request_model import RequestLimits
+from serve_app.api.request_notes import RequestNotes
 from serve_app.api.service import Service, load_served_model
 from serve_app.config import IngressUserConfig, ServeArgs
 from serve_app.engine.totals import Counts
@@ -54,7 +56,11 @@ class Ingress:
         self.service = Service(model, self.router, self.channels, lambda: self.router.state)
         self.service.keeps_streams = self.args.resume.keep_seconds > 0
         self.router.set_counts(self._counts)
+        self.service.requests = RequestNotes(self.ingress_id, explains=self.args.api.explain)
         self.router.start()
+        if self.args.api.explain:
+            self.service.explainer = Explainer(self.service.requests, self.router, self.channels)
+            self.service.explainer.start()
         departure.is_leaving()  # raises here, and not in the middle of a drain
         self.feed: LiveFeed | None = None
         if self.args.api.ui:
@@ -93,6 +99,7 @@ class Ingress:
         self.channels.max_behind = limits.max_behind
         self.service.failover.limits = FailoverLimits(**config.failover.model_dump())
         logging.getLogger(logs.ROOT).setLevel(config.log_level)
+        self.service.requests.logs = config.log_requests
         self.router.set_options(config.router.to_ledger_options(), int(time.time() * 1000))
 
     def _counts(self) -> Counts:

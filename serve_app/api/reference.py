@@ -20,6 +20,48 @@ from serve_app.api.protocol import (
 from serve_app.api.request_model import RequestModel
 from serve_app.api.responses_protocol import ReasoningOptions, ResponsesRequest, TextOptions
 
+EXPLAIN = """## `GET /v1/requests/{id}/explain`
+
+Where a request ran and why, what it waited for, and each step it took part in. Off unless `api.explain` is true
+(docs/configuration.md). `id` is the request's X-Request-Id or the answer's `id`, with `/`, `?` and `#` escaped, of a request
+that runs or has ended lately: some thousand are remembered. Any ingress will do. A request belongs to its API key: those of
+others are unknown. 404: `request_not_found`, or `not_enabled`; 503: an ingress that may know it does not answer.
+
+Times named `_at` are milliseconds since 1970. What a lost replica knew is lost with it, and null.
+
+| field | meaning |
+|---|---|
+| `requests` | All requests of that id, the latest one last. |
+| `silent` | Parts of the server that did not tell what they know. |
+
+A request:
+
+| field | meaning |
+|---|---|
+| `state`, `status`, `error`, `finish_reasons`, `usage` | What its client got, or has so far. |
+| `received_at`, `duration_ms`, `first_token_ms`, `ingress`, `route`, `model` | When, where and what it was. |
+| `queue_ms` | Milliseconds that all its prompts waited, by cause: `router_budget` (no replica had enough free KV\
+ cache), `router_places` (all steps were full), `router_fairness` (others were before it), `router_no_replica`, `compiling`\
+ (its grammar), `engine` (for a place in a step), `preempted` (to be let in again). |
+| `streams` | One for each prompt or input, with its `attempts` and `failovers`. |
+
+An attempt, from the wish for a lease to the end on one replica:
+
+| field | meaning |
+|---|---|
+| `replica`, `lease`, `lease_tokens` | Where it ran, and the budget booked for it. |
+| `asked_at`, `granted_at`, `first_token_at`, `ended_at` | Its way. |
+| `tokens_before`, `tokens` | That the client had when it began and when it ended. |
+| `failure` | Why it did not end by itself. |
+| `router` | The decision: `because` (`most_free_budget`, `longest_cached_prefix`, `granted_to_least_recently`, \
+`the_only_one_that_fits`), `waited_for_ms`, and what was seen of each of `replicas`: free and needed tokens, free places,\
+ cached prefix, and why it was left out. |
+| `engine` | What the replica did: for each of `choices` its wait, `preemptions` and `steps`: number, time,\
+ `kind` (prefill, decode, recompute), first position, tokens. |
+
+A failover: `at`, `from`, `to`, `why`, `tokens_kept`, and `first_token_after_ms`.
+"""
+
 HEAD = """# The HTTP API
 
 What clients may send, field by field. Made by `python -m serve_app.api.reference`; a test compares. `null` means "not
@@ -52,6 +94,7 @@ def reference() -> str:
     parts.append("## `POST /v1/embeddings`\n\n" + _fields(EmbeddingRequest))
     parts.append("## `POST /tokenize`\n\n" + _fields(TokenizeRequest))
     parts.append("## `POST /detokenize`\n\n" + _fields(DetokenizeRequest))
+    parts.append(EXPLAIN)
     parts.append("## Accepted, without effect\n\n| field | value | why |\n|---|---|---|")
     parts[-1] += "".join(f"\n| `{name}` | {field.allowed} | {field.why} |" for name, field in WITHOUT_EFFECT.items())
     parts[-1] += "\n"

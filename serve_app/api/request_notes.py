@@ -7,13 +7,16 @@ after that. Knows times, ids and counts; never what a prompt or an answer says. 
 from __future__ import annotations
 
 import asyncio
+import copy
+import json
 import logging
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
-from serve_app.errors import RaggedServeError, ReplicaLostError
+from serve_app.api.error_response import ErrorResponse, error_response
+from serve_app.errors import ReplicaLostError
 from serve_app.logs import about, get_logger
 from serve_app.routing.ledger import Lease
 
@@ -41,11 +44,14 @@ class AttemptNote:
         "num_asks",
         "num_tokens",
         "num_tokens_before",
+        "number",
     )
 
-    def __init__(self, name: str, num_tokens: int) -> None:
+    def __init__(self, name: str, number: int, num_tokens: int) -> None:
         self.name = name
         """Under which the router knows it."""
+        self.number = number
+        """Under which the replica knows it."""
         self.num_asks = 1
         """Above 1: earlier ones were in vain."""
         self.asked_at = asyncio.get_running_loop().time()
@@ -67,7 +73,7 @@ class AttemptNote:
         self.ended_at, self.num_tokens = asyncio.get_running_loop().time(), num_tokens
 
 
-def begin_attempt(attempts: list[AttemptNote], name: str, num_tokens: int) -> AttemptNote:
+def begin_attempt(attempts: list[AttemptNote], name: str, number: int, num_tokens: int) -> AttemptNote:
     """The note of the next attempt. One that got no lease goes on."""
     if attempts and attempts[-1].lease is None:
         last = attempts[-1]
@@ -76,7 +82,7 @@ def begin_attempt(attempts: list[AttemptNote], name: str, num_tokens: int) -> At
         return last
     if len(attempts) == MAX_ATTEMPTS:
         del attempts[1]
-    attempts.append(AttemptNote(name, num_tokens))
+    attempts.append(AttemptNote(name, number, num_tokens))
     return attempts[-1]
 
 
@@ -128,8 +134,8 @@ class RequestNote:
         self.streams: list[Any] = []
         """Of its prompts: `Stream`."""
         self.generation: Generation | None = None
-        self.error: BaseException | None = None
-        """What its client hears."""
+        self.error: ErrorResponse | None = None
+        """What its client heard."""
         self.status: int | None = None
         """None: no answer has begun."""
         self.received_at = asyncio.get_running_loop().time()
@@ -140,7 +146,7 @@ class RequestNote:
     def code(self) -> str | None:
         """The error's; client_gone where nobody heard the end."""
         if self.error is not None:
-            return getattr(self.error, "code", "internal_error")
+            return str(json.loads(self.error.body)["error"]["code"])
         is_cut = self.generation is not None and not self.generation.has_ended and self.ended_at is not None
         return "client_gone" if is_cut or self.status == 499 else None
 
@@ -212,12 +218,13 @@ class RequestNote:
     def _message(self) -> str:
         if self.error is None:
             return "the client went away before the end"
-        return str(self.error) if isinstance(self.error, RaggedServeError) else type(self.error).__name__
+        return str(json.loads(self.error.body)["error"]["message"])
 
     def _describe_attempt(self, attempt: AttemptNote) -> dict[str, Any]:
         lease, failure = attempt.lease, attempt.failure
         return {
             "name": attempt.name,
+            "number": attempt.number,
             "asked_at": self._at(attempt.asked_at),
             "num_asks": attempt.num_asks,
             "granted_at": self._at(attempt.granted_at),
@@ -273,8 +280,8 @@ class RequestNotes:
     def end(self, note: RequestNote, status: int | None) -> None:
         """``status``: of the answer; None: there was none."""
         note.status, note.ended_at = status, asyncio.get_running_loop().time()
-        if note.generation is not None:
-            note.error = note.error or note.generation.error
+        if note.generation is not None and note.error is None and note.generation.error is not None:
+            note.error = error_response(note.generation.error)
         if self.logs and logger.isEnabledFor(logging.INFO):
             logger.info("request ended", extra=about(note.request_id, **note.line()))
         if self.explains:
@@ -283,7 +290,7 @@ class RequestNotes:
 
     def find(self, request_id: str, owner: bytes) -> list[dict[str, Any]]:
         """The requests of that id that this owner made, oldest first."""
-        ended = [told for whose, told in self._ended_by_id.get(request_id, ()) if whose == owner]
+        ended = [copy.deepcopy(told) for whose, told in self._ended_by_id.get(request_id, ()) if whose == owner]
         running = [n.describe(self.ingress_id) for n in self._running.get(request_id, ()) if n.owner == owner]
         return ended + running
 

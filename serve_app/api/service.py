@@ -23,6 +23,7 @@ from serve_app.api.answer_formats import TokenTexts
 from serve_app.api.answers import Answer, ResumableAnswer, detokenize_body, make_answer, tokenize_body
 from serve_app.api.embeddings import EmbeddingRequest, check_lengths, embeddings_body, encode_vector
 from serve_app.api.event_id import ChoiceShown
+from serve_app.api.explain import Explainer
 from serve_app.api.failover import Failover
 from serve_app.api.headers import EVENT_ID_HEADER, RESUMABLE_HEADER
 from serve_app.api.ingress_counts import IngressCounts, RequestTimes
@@ -145,6 +146,8 @@ class Service:
         self.token_texts = TokenTexts(model.tokenizer)
         self.grammars = GrammarCheck()
         self.requests = RequestNotes()
+        self.explainer: Explainer | None = None
+        """None: requests are not explained."""
         self.num_running = 0
         """Requests that are being answered."""
         self.keeps_streams = True

@@ -138,7 +138,7 @@ class GenerationStream:
         if self._replay and (taken := self._take(self._replay)) is not None:
             yield taken
         while self._open:
-            note = begin_attempt(self.attempts, self._attempt_name, self._num_emitted)
+            note = begin_attempt(self.attempts, self._attempt_name, self.num_attempts, self._num_emitted)
             try:
                 await journey.begin_attempt()
                 lease = await self._lease(avoid, journey)

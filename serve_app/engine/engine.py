@@ -5,6 +5,7 @@ Nothing here is thread-safe; AsyncEngine puts it on a thread of its own.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
@@ -17,6 +18,9 @@ from serve_app.engine.scheduler import Key, Scheduler, SchedulerOutput
 from serve_app.engine.step_record import StepRecord, StepRecorder
 from serve_app.engine.totals import Counts
 from serve_app.errors import DeviceLostError, RaggedServeError, StepFailedError
+from serve_app.logs import about_stream, get_logger
+
+logger = get_logger(__name__)
 
 
 class Step(Protocol):
@@ -156,6 +160,9 @@ class Engine:
         outputs = self.scheduler.take_ended()
         if plan is not None:
             record = self._record(plan, started)
+            if plan.preempted and logger.isEnabledFor(logging.DEBUG):
+                for request_id, choice_index in plan.preempted:
+                    logger.debug("preempted", extra=about_stream(request_id, choice=choice_index, step=record.index))
             scheduled = self.clock()
             step = self._launch(plan)
             record.seconds["schedule"] = scheduled - started
@@ -259,6 +266,7 @@ class Engine:
             num_used_blocks=scheduler.pool.num_used_blocks,
             num_recomputed_tokens=plan.num_recomputed_tokens,
             num_preempted=len(plan.preempted),
+            preempted=tuple(plan.preempted),
         )
 
 

@@ -37,6 +37,8 @@ class StepRecord:
     num_preempted: int
     num_padded_tokens: int = 0
     """Rows computed and thrown away: CUDA-graph buckets, padded baselines, fixed row tiles."""
+    preempted: tuple[tuple[str, int], ...] = ()
+    """(request id, choice) of those that lost their place before it."""
     seconds: dict[str, float] = field(default_factory=dict)
     """By part: schedule, launch, wait, update, and what the runner adds."""
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import Future
 from typing import Any, Protocol
@@ -34,9 +35,10 @@ from serve_app.errors import (
     ReplicaDrainedError,
     StreamResumedError,
 )
-from serve_app.logs import get_logger
+from serve_app.logs import about_stream, get_logger
 from serve_app.replica.kept import Keep, KeptPrompt, KeptRequests, Record
 from serve_app.replica.messages import HEARTBEAT, ChannelOptions, Message, Outbox
+from serve_app.replica.request_history import RequestHistory
 
 logger = get_logger(__name__)
 
@@ -135,6 +137,8 @@ class ChannelHub:
         kept: KeptRequests | None = None,
     ) -> None:
         self.kept = KeptRequests() if kept is None else kept
+        self.history: RequestHistory | None = None
+        """Where requests are explained."""
         self.is_draining = False
         self.is_over = False
         """The time of the drain is over."""
@@ -279,6 +283,10 @@ class ChannelHub:
             await asyncio.shield(submission.ended)
         return self.kept.fetch(resume_id, self._loop.time())
 
+    def explain(self, stream_ids: list[str]) -> dict[str, list[dict[str, Any]]]:
+        """See RequestHistory.tell. Empty where requests are not explained."""
+        return {} if self.history is None else self.history.tell(stream_ids)
+
     # ---- bookings ------------------------------------------------------------------------------------------------
 
     def grow_leases(self, block_size: int) -> None:
@@ -365,6 +373,8 @@ class ChannelHub:
         if keep is not None:
             submission.keep = keep
             submission.record = self.kept.begin(keep, requests, self._loop.time())
+        if self.history is not None:
+            self.history.submitted(requests)
         if is_latest:
             self._latest[submission.request_id] = submission
         self._num_live += 1
@@ -385,9 +395,17 @@ class ChannelHub:
     def _settle(self, submission: _Submission, future: Future[None]) -> None:
         """The engine has accepted or refused it. Its first outputs may have come before this news."""
         error = future.exception()
+        if logger.isEnabledFor(logging.DEBUG):
+            fields = {"attempt": submission.attempt, "lease": submission.lease_id}
+            what = "accepted" if error is None else f"refused: {error}"
+            logger.debug("%s", what, extra=about_stream(submission.request_id, **fields))
         if error is None:
+            if self.history is not None:
+                self.history.accepted(submission.request_id, submission.attempt)
             submission.accepted.set_result(None)
             return
+        if self.history is not None:
+            self.history.refused(submission.request_id, submission.attempt, error)
         for key in list(submission.choices):
             self._forget(submission, key)
         self._end(submission)
@@ -456,6 +474,15 @@ class ChannelHub:
                 channel.wake()
 
     def _end_choice(self, submission: _Submission, key: int, output: TokenOutput) -> TokenOutput:
+        assert output.finish_reason is not None
+        if self.history is not None:
+            reason = str(output.finish_reason)
+            self.history.ended(submission.request_id, submission.attempt, output.choice_index, reason)
+        if logger.isEnabledFor(logging.DEBUG):
+            what = "aborted" if output.finish_reason is FinishReason.ABORT else "ended"
+            fields = {"choice": output.choice_index, "reason": str(output.finish_reason), "error": output.error}
+            fields["output_tokens"] = submission.num_output_tokens[key]
+            logger.debug("%s", what, extra=about_stream(submission.request_id, attempt=submission.attempt, **fields))
         self._forget(submission, key)
         if not submission.choices:
             self._end(submission)

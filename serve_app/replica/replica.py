@@ -32,6 +32,7 @@ from serve_app.replica.load import load_engine
 from serve_app.replica.messages import Message
 from serve_app.replica.output_hub import ChannelHub
 from serve_app.replica.reporter import Reporter
+from serve_app.replica.request_history import RequestHistory
 from serve_app.routing import departure
 from serve_app.routing.ray_router import RayRouter
 
@@ -55,10 +56,14 @@ class Replica:
         self.engine = AsyncEngine(engine)
         self.engine.start()
         loop = asyncio.get_running_loop()
+        self._collects: asyncio.Task[None] | None = None
         self.table = LeaseTable(engine.runner.num_kv_blocks)
         resume = parsed.resume
         kept = KeptRequests(resume.keep_seconds, resume.max_requests, resume.max_tokens)
         self.hub = ChannelHub(self.engine, self.table, loop, kept=kept)
+        if parsed.api.explain:
+            self.hub.history = RequestHistory(engine.recorder, engine.clock, lambda: time.time() * 1000.0)
+            self._collects = loop.create_task(self.hub.history.run(), context=contextvars.Context())
         fingerprint: str = getattr(engine.runner, "fingerprint", "simulated")
         router = RayRouter(context.app_name, parsed.model.key, parsed.log.to_log_options())
         departure.is_leaving()  # raises here, and not in the middle of a drain
@@ -104,6 +109,9 @@ class Replica:
             async for message in messages:
                 yield message
 
+    async def explain(self, stream_ids: list[str]) -> dict[str, list[dict[str, Any]]]:
+        return self.hub.explain(stream_ids)
+
     async def ping(self) -> None:
         """The process lives: see RayTransport."""
 
@@ -147,6 +155,8 @@ class Replica:
     async def __del__(self) -> None:
         self._reports.cancel()
         self._watch.cancel()
+        if self._collects is not None:
+            self._collects.cancel()
         await asyncio.to_thread(self.engine.stop, 5.0)
 
     async def describe(self) -> dict[str, Any]:

@@ -19,8 +19,10 @@ from typing import Any, TypeVar
 import uvicorn
 
 from serve_app.api.draining import Draining
+from serve_app.api.explain import Explainer
 from serve_app.api.http_app import build_app
 from serve_app.api.live_feed import LiveFeed
+from serve_app.api.request_notes import RequestNotes
 from serve_app.api.service import ServedModel, Service
 from serve_app.config import IngressUserConfig, ServeArgs
 from serve_app.engine.async_engine import AsyncEngine
@@ -33,6 +35,7 @@ from serve_app.replica.lease_table import LeaseTable
 from serve_app.replica.load import load_engine
 from serve_app.replica.output_hub import ChannelHub
 from serve_app.replica.reporter import Reporter
+from serve_app.replica.request_history import RequestHistory
 from serve_app.routing.router import Router
 from serve_app.routing.router_client import RouterClient, RouterUnavailableError
 from tests.replica.channel_harness import FakeTransport
@@ -51,6 +54,8 @@ class Replica:
         resume = house.args.resume
         kept = KeptRequests(resume.keep_seconds, resume.max_requests, resume.max_tokens)
         self.hub = ChannelHub(self.engine, self.table, asyncio.get_running_loop(), kept=kept)
+        if house.args.api.explain:  # collected when somebody asks, and by nothing else
+            self.hub.history = RequestHistory(engine.recorder, engine.clock, lambda: time.time() * 1000.0)
         self.is_leaving = False
         """What Ray Serve tells the real one."""
         reporter = Reporter(
@@ -173,7 +178,11 @@ class House:
         client.set_counts(
             lambda: service.counts.counts(client.queue_seconds, service.failover.counters, client.counters)
         )
+        service.requests = RequestNotes(name, explains=self.args.api.explain)
         client.start()
+        if self.args.api.explain:
+            service.explainer = Explainer(service.requests, client, channels)
+            service.explainer.start()
         return client, channels, service
 
     async def _start(self) -> None:
