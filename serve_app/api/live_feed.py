@@ -35,7 +35,7 @@ SNAPSHOT_TICKS = 2
 """Between two questions to the router: replicas report to it four times a second."""
 QUIET_TICKS = 16
 """With nothing new, a message comes so often: the page knows that it is connected."""
-SHOWN_STEPS = 160
+SHOWN_STEPS = 128
 """Steps of each replica that a new viewer gets: some more than the columns of a wide screen."""
 MAX_STEPS = 40
 """Newest steps of one replica in one message. An index that is left out says that there were more."""
@@ -150,7 +150,7 @@ class LiveFeed:
         """Replica -> what it said last, but for the steps."""
         self._gone: dict[str, bool] = {}
         """Replicas that are not asked any more -> whether they were lost."""
-        self._counts: Counter[tuple[str, str]] | None = None
+        self._counts: Counter[str] | None = None
         self._events: deque[Json] = deque(maxlen=MAX_EVENTS)
         self._num_events = 0
         # What the next message has to say.
@@ -299,15 +299,14 @@ class LiveFeed:
             self._happened("replica_lost" if is_lost else "replica_left", replica_id)
 
     def _count(self, ledger: Mapping[str, int]) -> None:
-        counts = Counter({("ledger", LEDGER_EVENTS[key]): 0 for key in LEDGER_EVENTS})
-        for key, kind in LEDGER_EVENTS.items():
-            counts["ledger", kind] += ledger.get(key, 0)
-        for key, kind in STREAM_EVENTS.items():
-            counts["stream", kind] = self._stream_counters.get(key, 0)
+        counts: Counter[str] = Counter()
+        for source, kinds in ((ledger, LEDGER_EVENTS), (self._stream_counters, STREAM_EVENTS)):
+            for key, kind in kinds.items():
+                counts[kind] += source.get(key, 0)
         before, self._counts = self._counts, counts
-        for key, number in counts.items():
-            if before is not None and number > before[key]:
-                self._happened(key[1], number=number - before[key])
+        for kind, number in counts.items():
+            if before is not None and number > before[kind]:
+                self._happened(kind, number=number - before[kind])
 
     def _happened(self, kind: str, replica_id: str | None = None, number: int = 1) -> None:
         self._num_events += 1

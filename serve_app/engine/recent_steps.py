@@ -6,6 +6,7 @@ Asked only while somebody looks. A step does nothing for it: the records are the
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from enum import IntEnum
 from functools import lru_cache
@@ -47,7 +48,8 @@ def recent_steps(engine: Engine, after: int, limit: int, wall_ms: float) -> dict
     """
     recorder, scheduler, config = engine.recorder, engine.scheduler, engine.config
     records = recorder.records.copy()  # one call: the engine's thread goes on appending
-    new = [record for record in records if record.index > after][-limit:]
+    newest = itertools.takewhile(lambda record: record.index > after, itertools.islice(reversed(records), limit))
+    new = list(newest)[::-1]
     now = engine.clock()
     return {
         "steps": [_step(record, wall_ms - (now - record.started) * 1000.0) for record in new],
