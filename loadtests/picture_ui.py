@@ -38,7 +38,7 @@ STEP = {"seconds_per_step": 0.02, "seconds_per_token": 0.00005}
 ANSWER = (
     "Every step takes one token for each of us who decode, and fills what is left of the budget with your prompt. " * 6
 )
-WIDTH, HEIGHT = 1240, 980
+WIDTH, HEIGHT = 1040, 950
 MAX_BYTES = 200_000
 
 

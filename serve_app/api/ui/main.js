@@ -281,7 +281,7 @@ function showFigures() {
   const free = Object.values(router.replicas).reduce((sum, one) => sum + Math.max(0, one.num_free_blocks) * one.block_size, 0);
   const pairs = [["Router", state]];
   if (!router.is_away) {
-    pairs.push(["queue", `${number(router.num_queued_requests)} requests, ${number(router.num_queued_tokens)} tokens`]);
+    pairs.push(["queue", `${plural(router.num_queued_requests, "request")}, ${number(router.num_queued_tokens)} tokens`]);
     if (router.num_queued_requests) pairs.push(["longest wait", `${router.oldest_wait_seconds.toFixed(1)} s`]);
     pairs.push(["leases", number(router.num_leases)], ["free budget", `${number(free)} tokens`]);
     if (router.seconds_left !== null) pairs.push(["the server ends in", `${number(router.seconds_left)} s`]);
