@@ -19,7 +19,7 @@ import json
 import logging
 import re
 import sys
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 ROOT = "serve_app"
 FORMATS = ("text", "json")
@@ -48,11 +48,18 @@ def get_logger(name: str) -> logging.Logger:
 
 
 def configure(role: str, process_id: str, options: LogOptions) -> None:
-    """From now on this process logs to stderr so, whatever was set up before. ``role``: ingress, router or replica."""
+    """From now on this process logs to stderr so, whatever was set up before. ``role``: ingress, router or replica.
+
+    JSON goes to the stderr that the process was started with: Ray Serve puts another in its place, which writes a head of
+    its own before each line.
+    """
     root = logging.getLogger(ROOT)
     for handler in list(root.handlers):
         root.removeHandler(handler)
-    _install(root, JsonFormatter(role, process_id) if options.format == "json" else TextFormatter())
+    if options.format == "json":
+        _install(root, JsonFormatter(role, process_id), sys.__stderr__)
+    else:
+        _install(root, TextFormatter())
     root.setLevel(options.level)
 
 
@@ -129,8 +136,8 @@ class JsonFormatter(logging.Formatter):
         return json.dumps({**content, **fields, **content}, default=str)
 
 
-def _install(root: logging.Logger, formatter: logging.Formatter) -> None:
-    handler = logging.StreamHandler(sys.stderr)
+def _install(root: logging.Logger, formatter: logging.Formatter, stream: TextIO | None = None) -> None:
+    handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(formatter)
     root.addHandler(handler)
     root.propagate = False

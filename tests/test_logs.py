@@ -28,7 +28,7 @@ def set_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[Set]:
 
     def configure(options: LogOptions) -> io.StringIO:
         written = io.StringIO()
-        monkeypatch.setattr(sys, "stderr", written)
+        monkeypatch.setattr(sys, "__stderr__" if options.format == "json" else "stderr", written)
         logs.configure("replica", "r1", options)
         return written
 
