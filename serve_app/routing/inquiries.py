@@ -19,8 +19,8 @@ POLL_SECONDS = 20.0
 """Longest time that one `listen` waits."""
 BETWEEN_SECONDS = 5.0
 """A listener that has not called again for so long has gone."""
-ANSWER_SECONDS = 2.0
-"""Listeners that have not answered by then are silent."""
+ANSWER_SECONDS = 4.0
+"""Listeners that have not answered by then are silent. Below the time that a call of the router may take."""
 
 
 class Answers(NamedTuple):

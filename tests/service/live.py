@@ -71,6 +71,7 @@ def make_config(model: Path, port: int, mode: str) -> Json:
             "simulated": {"seconds_per_step": STEP_SECONDS},
         },
         "engine": {"block_size": BLOCK_SIZE, "num_kv_blocks": NUM_BLOCKS, "max_model_len": MAX_MODEL_LEN},
+        "api": {"explain": True},
     }
     ingress, replica = (deployment_of(config, name) for name in ("Ingress", "Replica"))
     ingress["num_replicas"] = 2

@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from tests.service.live import HEADERS, NAMES, Service, completion, tokens_of
+from tests.service.live import HEADERS, KEY, NAMES, Service, completion, tokens_of, wait_until
 
 NUM_STREAMS = 64
 
@@ -179,6 +179,31 @@ def test_request_ids(service: Service) -> None:
     made = [ids(), ids(), ids({}), ids(completion(1, 2, request_id="mine-7"))]
     assert [len(one) for one in made] == [1] * 4
     assert len({one for (one,) in made}) == 4
+    check_explained(service, "mine-5")
+
+
+def check_explained(service: Service, request_id: str) -> None:
+    """Whichever ingress answers, and to its own key alone."""
+
+    def explain(key: str) -> httpx.Response:
+        headers = {"authorization": f"Bearer {key}"}
+        return httpx.get(f"{service.url}/v1/requests/{request_id}/explain", headers=headers, timeout=60)
+
+    def is_explained() -> httpx.Response | None:
+        """None: an ingress that may know it was too busy to say so."""
+        answer = explain(KEY)
+        assert answer.status_code in (200, 503), answer.text
+        return answer if answer.status_code == 200 else None
+
+    for _ in range(4):
+        answer = wait_until(is_explained, "an explanation")
+        (one,) = answer.json()["requests"]
+        (attempt,) = one["streams"][0]["attempts"]
+        assert attempt["router"]["answer"] == "granted"
+        assert attempt["replica"] in service.pids("Replica")
+        (choice,) = attempt["engine"]["choices"]
+        assert (choice["end"], len(choice["steps"])) == ("length", 2)
+    assert explain("another").json()["error"]["code"] == "request_not_found"
 
 
 def test_streams_at_once_give_what_each_gives_alone(service: Service) -> None:
