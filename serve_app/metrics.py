@@ -341,7 +341,7 @@ def _family(metric: Metric, samples: Samples) -> Family:
     name, about, labels = metric.name, metric.help, metric.labels
     if metric.kind == "histogram":
         histogram = HistogramMetricFamily(name, about, labels=labels)
-        edges = [*map(_edge, metric.bounds), "+Inf"]
+        edges = edges_of(metric)
         for values, value in samples:
             assert isinstance(value, list), f"{name} is a histogram"
             histogram.add_metric(values, list(zip(edges, accumulate(value[:-1]), strict=True)), value[-1])
@@ -353,8 +353,9 @@ def _family(metric: Metric, samples: Samples) -> Family:
     return family
 
 
-def _edge(bound: float) -> str:
-    return str(float(bound))
+def edges_of(metric: Metric) -> list[str]:
+    """Values of the label le, in order."""
+    return [*(str(float(bound)) for bound in metric.bounds), "+Inf"]
 
 
 # ---- the reference -------------------------------------------------------------------------------------------------

@@ -182,6 +182,7 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("api/reference.py", SERVICE),
     ("routing/router.py", SERVICE),
     ("routing/router_client.py", SERVICE),
+    ("routing/ray_metrics.py", SERVICE),
     ("routing/ray_router.py", SERVICE),
     ("routing/replica_set.py", CORE),
     ("routing/departure.py", SERVICE),

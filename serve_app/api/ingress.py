@@ -48,7 +48,9 @@ class Ingress:
         logs.configure("ingress", self.ingress_id, log_options)
         self.max_body_bytes = IngressUserConfig().limits.max_body_bytes
         self.router = RouterClient(
-            RayRouter(context.app_name, self.args.model.key, log_options), self.ingress_id, replica_set.current
+            RayRouter(context.app_name, self.args.model.key, log_options, self.args.model.names[0]),
+            self.ingress_id,
+            replica_set.current,
         )
         self.router.set_logs(log_options)
         self.channels = Channels(RayTransport(replicas), self.ingress_id)

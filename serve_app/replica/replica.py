@@ -65,7 +65,7 @@ class Replica:
             self.hub.history = RequestHistory(engine.recorder, engine.clock, lambda: time.time() * 1000.0)
             self._collects = loop.create_task(self.hub.history.run(), context=contextvars.Context())
         fingerprint: str = getattr(engine.runner, "fingerprint", "simulated")
-        router = RayRouter(context.app_name, parsed.model.key, parsed.log.to_log_options())
+        router = RayRouter(context.app_name, parsed.model.key, parsed.log.to_log_options(), parsed.model.names[0])
         departure.is_leaving()  # raises here, and not in the middle of a drain
         self._reporter = Reporter(
             router,

@@ -18,6 +18,8 @@ from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 from serve_app import logs
 from serve_app.errors import RaggedServeError
 from serve_app.logs import LogOptions, get_logger
+from serve_app.metrics import samples
+from serve_app.routing.ray_metrics import RayMetrics
 from serve_app.routing.router import Router
 from serve_app.routing.router_client import RouterUnavailableError
 
@@ -28,17 +30,21 @@ PROTOCOL = 3
 """Changes with any change of what crosses processes here: two versions of the code then have two routers."""
 IDLE_SECONDS = 60.0
 """Without a call for so long the application is gone, and the router ends itself."""
+PUBLISH_SECONDS = 10.0
+"""Between two times that all metrics are told to Ray's agent: as often as Ray passes them on."""
 
 
 class RouterActor(Router):
     """`Router` as a Ray actor."""
 
-    def __init__(self, name: str, log_options: LogOptions) -> None:
+    def __init__(self, name: str, log_options: LogOptions, model_name: str) -> None:
         self._name = name
+        self._model_name = model_name
         logs.configure("router", name, log_options)
         # Milliseconds since 1970: higher in each life, wherever it is started.
         super().__init__(epoch=int(time.time() * 1000))
         self._idle_check: asyncio.Task[None] | None = None
+        self._publishing: asyncio.Task[None] | None = None
         logger.info("%s, epoch %d", name, self.ledger.epoch)
 
     async def set_logs(self, options: LogOptions) -> None:
@@ -47,7 +53,19 @@ class RouterActor(Router):
     def _called(self) -> float:
         if self._idle_check is None:
             self._idle_check = asyncio.get_running_loop().create_task(self._end_when_idle())
+            self._publishing = asyncio.get_running_loop().create_task(self._publish_forever())
         return super()._called()
+
+    async def _publish_forever(self) -> None:
+        """All of them from here, and on a thread of its own: 5 microseconds each."""
+        ray_metrics = RayMetrics()
+        while True:
+            await asyncio.sleep(PUBLISH_SECONDS)
+            snapshot = {**await self.snapshot(), **self.board.snapshot(self._clock())}
+            try:
+                await asyncio.to_thread(ray_metrics.publish, samples(snapshot, self._model_name))
+            except Exception:
+                logger.exception("the metrics could not be told to Ray")
 
     async def _end_when_idle(self) -> None:
         while (rest := self.called_at + IDLE_SECONDS - self._clock()) > 0:
@@ -61,8 +79,9 @@ def actor_name(app_name: str, model_key: str) -> str:
     return f"router:{app_name}:{model_key}:v{PROTOCOL}"
 
 
-def connect(name: str, log_options: LogOptions) -> Any:
-    """The handle of the router of that name, which is made if there is none. May block for a while."""
+def connect(name: str, log_options: LogOptions, model_name: str) -> Any:
+    """The handle of the router of that name, which is made if there is none. May block for a while. ``model_name``: for
+    metrics."""
     return (
         ray.remote(RouterActor)
         .options(
@@ -74,16 +93,17 @@ def connect(name: str, log_options: LogOptions) -> Any:
             num_cpus=0,
             max_concurrency=1000,
         )
-        .remote(name, log_options)
+        .remote(name, log_options, model_name)
     )
 
 
 class RayRouter:
     """RouterSeam over the actor: looked up by `connect` on a thread of its own, since a lookup may block."""
 
-    def __init__(self, app_name: str, model_key: str, log_options: LogOptions) -> None:
+    def __init__(self, app_name: str, model_key: str, log_options: LogOptions, model_name: str) -> None:
         self._name = actor_name(app_name, model_key)
         self._log_options = log_options
+        self._model_name = model_name
         self._handle: Any = None
         self._lookup: asyncio.Task[Any] | None = None
 
@@ -110,6 +130,7 @@ class RayRouter:
         """One lookup at a time, which goes on when its caller gives up."""
         if self._lookup is None or self._lookup.done():
             self._lookup = asyncio.get_running_loop().create_task(
-                asyncio.to_thread(connect, self._name, self._log_options), context=contextvars.Context()
+                asyncio.to_thread(connect, self._name, self._log_options, self._model_name),
+                context=contextvars.Context(),
             )
         return await asyncio.shield(self._lookup)

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.service.live import HEADERS, KEY, NAMES, Service, completion, tokens_of, wait_until
 
@@ -225,3 +226,29 @@ def test_streams_at_once_give_what_each_gives_alone(service: Service) -> None:
     used = {replica_id: said["num_steps"] - before[replica_id] for replica_id, said in service.describe().items()}
     assert len(used) == 2
     assert all(used.values()), used
+
+
+def test_what_was_done_is_counted_here_and_by_rays_agent(service: Service, client: openai.OpenAI) -> None:
+    """Late in this file: the router tells Ray's agent all it knows every ten seconds."""
+    client.completions.create(model=NAMES[0], prompt=completion(3, 9)["prompt"], max_tokens=9)
+    ray = service._ray
+    agent = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
+
+    def sums(url: str, prefix: str) -> dict[str, float]:
+        """By name, over all replicas."""
+        found: dict[str, float] = {}
+        for family in text_string_to_metric_families(httpx.get(url, headers=HEADERS).text):
+            for sample in family.samples:
+                if sample.name.startswith(prefix):
+                    name = sample.name.removeprefix("ray_").replace("vllm_", "vllm:", 1)
+                    found[name] = found.get(name, 0.0) + sample.value
+        return found
+
+    def has_both() -> bool:
+        ours, rays = sums(f"{service.url}/metrics", "vllm:"), sums(agent, "ray_vllm_")
+        names = ("generation_tokens_total", "request_success_total", "e2e_request_latency_seconds_count")
+        return all(9 <= rays.get(f"vllm:{name}", 0) * 9 <= ours[f"vllm:{name}"] * 9 for name in names) and (
+            ours["vllm:generation_tokens_total"] >= 9
+        )
+
+    wait_until(has_both, "the counts of a request at Ray's agent")
