@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import json
 import logging
@@ -99,11 +100,13 @@ class Offline:
     def __init__(self) -> None:
         from serve_app.llm import LLM
         from serve_app.text.chat_template import ChatTemplate
+        from serve_app.text.output_format import OutputFormat
 
         self._llm = LLM(MODEL, **ENGINE)
         assert self._llm.tokenizer is not None
         self._tokenizer = self._llm.tokenizer
         self._template = ChatTemplate(self._tokenizer.chat_templates, self._tokenizer.special_tokens)
+        self._format = OutputFormat.of(self._tokenizer)
         self.fingerprint: str = self._llm.runner.fingerprint
 
     def choose_stop_strings(self, items: list[Item]) -> None:
@@ -130,8 +133,10 @@ class Offline:
             kind = ChatCompletionRequest if item.kind.path == CHAT else CompletionRequest
             request = kind.parse(json.dumps(item.body).encode())
             for prompt in request.prompts(self._tokenizer, self._template):
+                grammars = request.grammars(prompt, self._format) if request.is_held else None
                 prompts.append(list(prompt.token_ids))
-                sampling.append(request.sampling_params(NUM_DEFAULT_TOKENS))
+                params = request.sampling_params(NUM_DEFAULT_TOKENS)
+                sampling.append(dataclasses.replace(params, grammar=grammars.text if grammars is not None else None))
                 owners += [item.number] * request.n
         found: dict[int, list[Any]] = {}
         for owner, completion in zip(owners, self._llm.generate(prompts, sampling, use_tqdm=False), strict=True):
@@ -485,7 +490,10 @@ def drill(arguments: argparse.Namespace) -> int:
                 say(f"WRONG: fingerprints {expected[item.number].fingerprint} and {fingerprint} differ")
                 return 1
             choices = [expected[item.number].choices[i] for i in sorted(expected[item.number].choices)]
-            if [(c.token_ids, c.finish_reason) for c in choices] != alone[item.number]:
+            ended = [
+                (c.token_ids, "stop" if c.calls else c.finish_reason) for c in choices
+            ]  # a call ends as an answer does
+            if ended != alone[item.number]:
                 say(f"WRONG: {item.kind.name}: the service and the offline engine differ with no fault at all")
                 return 1
         say(f"{arguments.streams} streams at a time")
