@@ -285,7 +285,7 @@ class Service:
 
     def ask_router(self, method: str) -> Any:
         """`Router.snapshot` or `Router.books`, of the router that lives now: it may be starting."""
-        from ray.exceptions import ActorUnavailableError
+        from ray.exceptions import ActorDiedError, ActorUnavailableError
 
         deadline = time.monotonic() + PATIENCE
         name = actor_name(APP, ServeArgs.parse(self.config["applications"][0]["args"]).model.key)
@@ -293,7 +293,7 @@ class Service:
             actor = self._ray.get_actor(name, namespace=NAMESPACE)
             try:
                 return self._ray.get(getattr(actor, method).remote(), timeout=PATIENCE)
-            except ActorUnavailableError:
+            except (ActorUnavailableError, ActorDiedError):  # the latter where it died under this very call
                 assert time.monotonic() < deadline, "the router never came back"
                 time.sleep(0.05)
 
