@@ -1,8 +1,10 @@
 """RayMetrics: the metrics of the table through Ray's own agent, from one process. Knows ray.util.metrics, and no values.
 
-Ray writes ``ray_`` before a name, takes no colon in it, and adds ``_total`` to a counter's: vllm:prompt_tokens_total is
-``ray_vllm_prompt_tokens_total`` there. It takes single observations of a histogram and no counts, so a histogram is told as
-gauges, bucket by bucket, with the label ``le``: the series have the names and values that a query asks for.
+Ray writes ``ray_`` before a name and takes no colon in it: vllm:prompt_tokens_total is ``ray_vllm_prompt_tokens_total``
+there. All are gauges for Ray. Its histograms take single observations and no counts, so one is told bucket by bucket, with
+the label ``le``. Its counters outlive who counted: the agent of a node shows what a dead process told it for as long as it
+runs itself, beside what the next one tells, while a gauge that nobody tells any more is gone after twice the time between
+two reports (10 s). Names, labels and values are what a query asks for.
 """
 
 from __future__ import annotations
@@ -20,9 +22,6 @@ class RayMetrics:
 
     def __init__(self) -> None:
         self._gauges: dict[str, ray_metrics.Gauge] = {}
-        self._counters: dict[str, ray_metrics.Counter] = {}
-        self._counted: dict[tuple[str, tuple[str, ...]], float] = {}
-        """What Ray's counters stand at."""
 
     def publish(self, items: Iterable[tuple[Metric, Samples]]) -> int:
         """Tells all of it: Ray forgets a gauge that is not told again. Returns how many values that were."""
@@ -38,21 +37,10 @@ class RayMetrics:
                     self._gauge(f"{name}_count", metric).set(buckets[-1], tags)
                     self._gauge(f"{name}_sum", metric).set(value[-1], tags)
                     num_values += len(buckets) + 2
-                    continue
-                num_values += 1
-                if metric.kind == "gauge":
-                    self._gauge(name, metric).set(value, tags)
                 else:
-                    self._count(name, metric, values, value, tags)
+                    self._gauge(name, metric).set(value, tags)
+                    num_values += 1
         return num_values
-
-    def _count(self, name: str, metric: Metric, values: tuple[str, ...], value: float, tags: dict[str, str]) -> None:
-        more = value - self._counted.get((name, values), 0.0)
-        if more > 0:
-            if name not in self._counters:
-                self._counters[name] = ray_metrics.Counter(name, metric.help, metric.labels)
-            self._counters[name].inc(more, tags)
-            self._counted[name, values] = value
 
     def _gauge(self, name: str, metric: Metric, *more: str) -> ray_metrics.Gauge:
         if name not in self._gauges:
@@ -61,6 +49,5 @@ class RayMetrics:
 
 
 def ray_name(metric: Metric) -> str:
-    """Without the ending that Ray adds."""
-    name = metric.name.replace(":", "_")
-    return name.removesuffix("_total") if metric.kind == "counter" else name
+    """Without the ``ray_`` that Ray adds."""
+    return metric.name.replace(":", "_")

@@ -245,7 +245,7 @@ def test_what_was_done_is_counted_here_and_by_rays_agent(service: Service, clien
         return found
 
     def has_both() -> bool:
-        """Not more of them there than here: Ray goes on showing what an earlier router told it."""
+        """Not the same: what an earlier router told Ray stands there for twenty seconds more."""
         ours, rays = sums(f"{service.url}/metrics", "vllm:"), sums(agent, "ray_vllm_")
         least = {"generation_tokens_total": 9, "request_success_total": 1, "e2e_request_latency_seconds_count": 1}
         return all(min(ours[f"vllm:{name}"], rays.get(f"vllm:{name}", 0)) >= n for name, n in least.items())
