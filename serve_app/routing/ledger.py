@@ -7,9 +7,10 @@ The budget of a replica is the blocks of its KV pool. Its load is the sum of its
 record: a report is compared with what is booked, and what differs is corrected and counted. So a lost message can make
 the ledger wrong for a moment, never for long, and a replica still refuses a submit that does not fit.
 
-Why every lease ends. One that the replica never showed ends after submit_seconds. One that it once showed ends when a
-newer report no longer shows it, or when the replica is forgotten (told, or silent for lease_seconds). Nothing else is
-live. Reports of one replica carry ascending numbers and older ones are dropped, so what has gone does not come back.
+Why every lease ends. One that the replica never showed ends submit_seconds after its holder was told of it last. One that
+it once showed ends when a newer report no longer shows it, or when the replica is forgotten (told, or silent for
+lease_seconds). Nothing else is live. Reports of one replica carry ascending numbers and older ones are dropped, so what has
+gone does not come back.
 
 Two policies. ``reserve`` books every token the request may have; the budget is then never negative. ``expect`` books the
 output length learned from what finished; a lease that outgrows that grows in the replica's table, and the ledger takes
@@ -265,6 +266,7 @@ class _Row:
     num_blocks: int = 0
     """Changed by Ledger._set_blocks alone."""
     granted_at: float = 0.0
+    """When its holder was told, last."""
     request: LeaseRequest | None = None
     """None: adopted from a report."""
     is_shown: bool = False
@@ -370,7 +372,7 @@ class Ledger:
         self._holders: dict[str, _Holder] = {}
         self._rows: dict[str, _Row] = {}
         self._unshown: OrderedDict[str, _Row] = OrderedDict()
-        """Granted, and no report showed it yet. Oldest first."""
+        """Granted, and no report showed it yet. By ``granted_at``."""
         self._by_request: dict[str, str] = {}
         """Request id -> its lease in ``_unshown``."""
         self._ended: OrderedDict[str, _Ended] = OrderedDict()
@@ -561,6 +563,8 @@ class Ledger:
                 self._end(row, "given_back")
             return None
         self.counters["repeated"] += 1
+        row.granted_at = self._now  # the holder hears of it only now, and may take as long as the first time
+        self._unshown.move_to_end(lease_id)
         return self._lease_of(row)
 
     def _too_large(self, request: LeaseRequest) -> RequestTooLargeError | None:

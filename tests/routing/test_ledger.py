@@ -348,6 +348,23 @@ def test_a_repeated_request_gets_the_same_lease_until_its_replica_is_avoided() -
     assert ledger.snapshot()["num_leases"] == 0
 
 
+def test_a_lease_that_is_told_again_has_all_its_time_again() -> None:
+    """Its time once ran from the first answer. Where that was lost, the holder heard of the lease when it asked again,
+    perhaps when next to nothing was left: the room went to another request, and the replica had a submit too many."""
+    ledger = made(submit_seconds=5.0)
+    first = granted(ledger, ask("r", 4), 1.0)
+    granted(ledger, ask("other", 2), 2.0)
+    assert granted(ledger, ask("r", 4), 5.9) == first
+    ledger.report(report("a", 2), 7.0)  # on its way when the submit came; of the other there was none
+    ledger.check_invariants()
+    assert ledger.rows("a") == (row(first),)
+    assert ledger.request(ask("next", 7), 7.0) is None, "budget: the room of a lease on its way was given away"
+    ledger.report(report("a", 3, row(first)), 7.1)
+    assert free(ledger) == 6
+    assert ledger.counters["drift"] == 0
+    assert ledger.counters["never_shown"] == 1
+
+
 # ---- the queue ---------------------------------------------------------------------------------------------------
 
 
@@ -910,6 +927,20 @@ def keep_what_was_never_shown(patch: Patch) -> None:
     patch.setattr(Ledger, "_lose_holder", lambda ledger, holder_id: None)
 
 
+def tell_of_leases_that_are_about_to_end(patch: Patch) -> None:
+    repeated = Ledger._repeated
+
+    def late(ledger: Ledger, request: LeaseRequest) -> Lease | None:
+        told_at = {lease_id: row.granted_at for lease_id, row in ledger._unshown.items()}
+        again = repeated(ledger, request)
+        for lease_id, row in ledger._unshown.items():
+            row.granted_at = told_at[lease_id]
+        ledger._unshown = OrderedDict(sorted(ledger._unshown.items(), key=lambda item: item[1].granted_at))
+        return again
+
+    patch.setattr(Ledger, "_repeated", late)
+
+
 def keep_silent_replicas(patch: Patch) -> None:
     patch.setattr(Ledger, "_forget_silent_replicas", lambda ledger: None)
 
@@ -983,6 +1014,11 @@ FAULTS: list[Fault] = [
     (say_an_answer_twice, quiet, "answered twice: |a request is answered|busy: "),
     (lose_an_answer, quiet, "difference: |waits: |queue: "),
     (keep_what_was_never_shown, faulty, "busy: |leak: "),
+    (
+        tell_of_leases_that_are_about_to_end,
+        scenario(test_a_lease_that_is_told_again_has_all_its_time_again),
+        "assert ",
+    ),
     (keep_silent_replicas, faulty, "busy: |leak: "),
     (forget_no_leases_of_a_dead_replica, faulty, "the leases of all replicas"),
     (never_hold_a_replica, scenario(test_a_large_request_is_passed_over_so_often_and_no_more), "assert "),
