@@ -312,6 +312,8 @@ class World:
 
     def kill_replica(self) -> None:
         alive = [r for r in self.replicas.values() if not r.is_dead]
+        if not alive:
+            return
         replica = self.rng.choice(alive)
         replica.is_dead = True
         self.seen["replicas killed"] += 1
@@ -344,9 +346,10 @@ class World:
             )
 
     def drain_replica(self) -> None:
-        replica = self.rng.choice([r for r in self.replicas.values() if not r.is_dead])
-        if len([r for r in self.replicas.values() if not r.is_dead and not r.is_draining]) < 2:
+        alive = [r for r in self.replicas.values() if not r.is_dead]
+        if len([r for r in alive if not r.is_draining]) < 2:
             return
+        replica = self.rng.choice(alive)
         self.seen["drained"] += 1
         replica.is_draining = True
         self.at(0.2, self.start_replica)
@@ -367,7 +370,10 @@ class World:
         self.at(0.5, lambda: self.holder_beat(holder_id))
 
     def kill_holder(self) -> None:
-        holder_id = self.rng.choice([holder_id for holder_id, alive in self.holders.items() if alive])
+        alive = [holder_id for holder_id, is_alive in self.holders.items() if is_alive]
+        if not alive:
+            return
+        holder_id = self.rng.choice(alive)
         self.holders[holder_id] = False
         self.seen["holders killed"] += 1
         self.at(0.3, self.start_holder)
