@@ -385,6 +385,11 @@ def _deployment(deployment: dict[str, Any], at: KeyPath) -> Iterator[tuple[KeyPa
         )
     if "request_router_config" in deployment:
         yield (*at, "request_router_config"), "it must not be set: the application brings its own router"
+    selector = (deployment.get("ray_actor_options") or {}).get("label_selector")
+    for label, value in selector.items() if isinstance(selector, dict) else ():
+        if isinstance(value, str) and " " in value:
+            place = (*at, "ray_actor_options", "label_selector", label)
+            yield place, "it must have no space: Ray takes that for a part of a value, which then no node has"
 
 
 def _replica(deployment: dict[str, Any], args: dict[str, Any], at: KeyPath) -> Iterator[tuple[KeyPath, str]]:

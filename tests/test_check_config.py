@@ -19,9 +19,10 @@ with warnings.catch_warnings():
 from serve_app import check_config
 from serve_app.check_config import check, main
 from serve_app.config import AUTOSCALING_POLICY, IMPORT_PATH, ROOTS, IngressUserConfig, ServeArgs, places_of
+from serve_app.routing.ray_router import PLACE
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
-FILES = sorted(DEPLOY.glob("*.yaml"))
+FILES = sorted(DEPLOY.glob("config*.yaml"))
 CONFIG = DEPLOY / "config.yaml"
 
 R = "applications[0].deployments[1]"
@@ -30,7 +31,8 @@ A = "applications[0].args"
 
 
 def test_the_files_are_there() -> None:
-    assert {file.name for file in FILES} >= {"config.yaml", "config.gpu.yaml", "config.autoscale.yaml"}
+    kinds = ("", ".autoscale", ".cpu", ".gpu", ".gpu-cluster")
+    assert {file.name for file in FILES} >= {f"config{kind}.yaml" for kind in kinds}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
@@ -58,9 +60,26 @@ def test_the_autoscaling_file_differs_in_the_autoscaling_only() -> None:
     assert plain == scaled
 
 
-def test_the_gpu_file_has_one_line_to_edit() -> None:
-    (line,) = [line for line in (DEPLOY / "config.gpu.yaml").read_text().splitlines() if "# EDIT" in line]
-    assert line.split()[0] == "model:"
+def test_the_cluster_file_differs_from_the_gpu_file_in_scale_and_place_only() -> None:
+    one, many = (yaml.safe_load((DEPLOY / f"config.{name}.yaml").read_text()) for name in ("gpu", "gpu-cluster"))
+    ingress, replica = many["applications"][0]["deployments"]
+    assert ingress["num_replicas"] == 2
+    ingress["num_replicas"] = 1
+    assert ingress["ray_actor_options"].pop("label_selector") == PLACE, "the router's too"
+    assert replica.pop("autoscaling_config")["policy"] == {"policy_function": AUTOSCALING_POLICY}
+    replica["num_replicas"] = 1
+    assert one == many
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [("gpu", ["model:"]), ("gpu-cluster", ["model:", "max_replicas:"]), ("cpu", ["model:", "num_threads:"])],
+)
+def test_files_for_real_use_mark_what_to_edit(name: str, keys: list[str]) -> None:
+    head, _, body = (DEPLOY / f"config.{name}.yaml").read_text().partition("\n\n")
+    assert "marked EDIT, then\n#   serve" in head
+    assert ("lines" if len(keys) > 1 else "line") + " marked" in head
+    assert [line.split()[0] for line in body.splitlines() if "# EDIT" in line] == keys
 
 
 def test_the_options_of_config_yaml_arrive() -> None:
@@ -233,6 +252,11 @@ MISTAKES = [
         "model: demo",
         "device: cuda",
         f"{R}.ray_actor_options.num_gpus must be 1, for args.model.device is 'cuda': Ray hides the GPUs",
+    ),
+    (
+        "num_cpus: 0.25",
+        'label_selector: {zone: "!in(a, b)"}',
+        f"{R}.ray_actor_options.label_selector.zone is '!in(a, b)'; it must have no space: Ray takes that for a part",
     ),
     # the drain
     (

@@ -30,6 +30,9 @@ PROTOCOL = 3
 """Changes with any change of what crosses processes here: two versions of the code then have two routers."""
 IDLE_SECONDS = 60.0
 """Without a call for so long the application is gone, and the router ends itself."""
+PLACE = {"ragged-serve/role": "!in(head,replica)"}
+"""Label selector of the nodes where it may be: with the ingresses, as deploy/config.gpu-cluster.yaml places them. A node
+without the label will do. It takes no CPU, and yet keeps a node from being idle."""
 PUBLISH_SECONDS = 10.0
 """Between two times that all metrics are told to Ray's agent: as often as Ray passes them on."""
 
@@ -91,6 +94,7 @@ def connect(name: str, log_options: LogOptions, model_name: str) -> Any:
             get_if_exists=True,
             max_restarts=-1,
             num_cpus=0,
+            label_selector=PLACE,
             max_concurrency=1000,
         )
         .remote(name, log_options, model_name)
