@@ -339,7 +339,7 @@ ROWS: dict[str, list[Panel]] = {
 
 ANNOTATIONS = {
     "Streams lost a replica": f'sum(increase({STREAMS}{{{JOB}, kind="lost"}}[1m])) > 0',
-    "The router began a new life": f"max(changes(ragged_serve_router_epoch{{{JOB}}}[1m])) > 0",
+    "The router began a new life": f"max(changes((max by (job) (ragged_serve_router_epoch{{{JOB}}}))[1m:5s])) > 0",
 }
 
 
