@@ -112,6 +112,7 @@ def test_a_chat_streams_and_the_batch_moves(page: Page) -> None:
 
 
 def test_an_answer_is_stopped(page: Page, house: House) -> None:
+    page.js("window.requestAnimationFrame = (paint) => setTimeout(paint, 200)")
     send(page, "Tell me a very long story", 3800)
     page.wait("document.querySelector('#messages .model')?.textContent.length > 20")
     assert page.js("document.activeElement.id") == "prompt", "one may go on typing"
@@ -119,6 +120,10 @@ def test_an_answer_is_stopped(page: Page, house: House) -> None:
     page.wait("document.activeElement.id == 'stop'")
     page.press("Enter")
     page.wait("document.querySelector('#speed').textContent.endsWith('stopped')")
+    page.js("window.stoppedAt = Date.now()")
+    page.wait("Date.now() - window.stoppedAt > 600")
+    shown = page.js("document.querySelector('#speed').textContent")
+    assert shown.endsWith("stopped"), "a frame that was due when it stopped changes nothing"
     house.check_rest()
     assert page.js("[document.activeElement.id, document.querySelector('#send').disabled]") == ["prompt", False]
     send(page, "And again", 900_000)  # more than the context has: the server's own words are shown

@@ -112,9 +112,9 @@ export class Chat {
     } catch (error) {
       if (error.name === "AbortError") answer.end("stopped");
       else {
+        answer.end("failed");
         item.classList.add("bad");
         item.append(error.message);
-        answer.end("failed");
         if (error.status === 401) this.askForKey();
       }
     }
@@ -162,6 +162,7 @@ class Answer {
     this.item = item;
     this.text = "";
     this.reasoning = "";
+    this.ending = "";
     this.tokens = 0;
     this.startedAt = performance.now();
     this.firstAt = null;
@@ -201,12 +202,16 @@ class Answer {
   }
 
   end(words) {
+    this.ending = words; // kept: a frame asked for before the end may come after it
     this.#paint();
     this.item.normalize();
-    $("speed").textContent = [this.#speed(), words].filter(Boolean).join("; ");
   }
 
   #speed() {
+    return [this.#figures(), this.ending].filter(Boolean).join("; ");
+  }
+
+  #figures() {
     if (this.firstAt === null) return "";
     const seconds = (this.lastAt - this.firstAt) / 1000;
     const rate = seconds > 0 ? `, ${((this.tokens - this.firstTokens) / seconds).toFixed(1)} tokens/s` : "";
