@@ -162,6 +162,7 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("llm.py", OFFLINE),
     # the service
     ("config.py", SERVICE),
+    ("fetch_model.py", ASSEMBLY),
     ("check_config.py", ASSEMBLY),
     ("metrics.py", SERVICE),
     ("api/error_response.py", SERVICE),
