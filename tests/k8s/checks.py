@@ -314,8 +314,9 @@ def environment(manifests: Manifests) -> Iterator[str]:
         for name, value in wanted.items():
             if environ.get(name) != value:
                 yield f"{pod.name}: {name} is {environ.get(name)}, and `make serve` sets {value}"
-        if environ != pods[0].env():
-            yield f"{pod.name}: its variables differ from the {pods[0].name}'s"
+        for name in sorted(name for name in {*environ, *pods[0].env()} if name.startswith("RAY_")):
+            if environ.get(name) != pods[0].env().get(name):
+                yield f"{pod.name}: {name} is not as on the {pods[0].name}"
 
 
 def upgrade(manifests: Manifests) -> Iterator[str]:
