@@ -34,7 +34,7 @@ from serve_app.replica.channel import Channels
 from serve_app.replica.lease_table import LeaseTable
 from serve_app.replica.messages import ChannelOptions, Message, Outbox
 from serve_app.replica.output_hub import ChannelHub
-from serve_app.routing.ledger import Lease, LeaseRequest
+from serve_app.routing.leases import Lease, LeaseRequest
 
 SERVICE_US_PER_TOKEN = 128.0
 """CPU beyond the engine at 128 streams, all processes: loadtests/RESULTS.md."""

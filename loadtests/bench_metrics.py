@@ -40,7 +40,9 @@ from serve_app.engine.step_record import StepRecord, StepRecorder
 from serve_app.engine.totals import EngineTotals, Histogram
 from serve_app.llm import LLM
 from serve_app.metrics import OWN_BOOKS, render, samples
-from serve_app.routing.ledger import Ledger, LedgerOptions, ReplicaReport
+from serve_app.routing.leases import ReplicaReport
+from serve_app.routing.ledger import Ledger
+from serve_app.routing.ledger_options import LedgerOptions
 
 AIM = 0.01
 """Share of a step."""

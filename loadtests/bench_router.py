@@ -37,7 +37,9 @@ from workloads import make_requests, percentiles
 
 from serve_app.errors import LeaseRefusedError
 from serve_app.replica.lease_table import LeaseTable
-from serve_app.routing.ledger import Lease, LeaseRequest, Ledger, LedgerOptions, ReplicaReport
+from serve_app.routing.leases import Lease, LeaseRequest, ReplicaReport
+from serve_app.routing.ledger import Ledger
+from serve_app.routing.ledger_options import LedgerOptions
 
 BLOCK_SIZE = 32
 NUM_BLOCKS = 512

@@ -37,7 +37,7 @@ from serve_app.engine.config import EngineConfig
 from serve_app.engine.request import MAX_N, MAX_STOP_STRINGS
 from serve_app.errors import ConfigurationError
 from serve_app.logs import LogOptions
-from serve_app.routing.ledger import LedgerOptions
+from serve_app.routing.ledger_options import LedgerOptions
 
 IMPORT_PATH = "serve_app.app:build"
 """``import_path`` of the application."""

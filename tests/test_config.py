@@ -34,7 +34,7 @@ from serve_app.engine.config import EngineConfig
 from serve_app.engine.simulated_runner import SimulatedRunner
 from serve_app.errors import ConfigurationError
 from serve_app.replica.channel import MAX_BEHIND
-from serve_app.routing.ledger import LedgerOptions
+from serve_app.routing.ledger_options import LedgerOptions
 from serve_app.text.output_format import REASONING_FORMAT_NAMES, TOOL_FORMAT_NAMES
 
 

@@ -11,7 +11,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from serve_app.engine.engine import Engine
 from serve_app.metrics import ENGINE, OWN_BOOKS, PREFIX, TABLE, VLLM, Metric, reference, render, samples
-from serve_app.routing.ledger import Ledger, LedgerOptions
+from serve_app.routing.ledger import Ledger
+from serve_app.routing.ledger_options import LedgerOptions
 from tests.engine.harness import Watched, make_request
 
 DOCS = Path(__file__).parent.parent / "docs"

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from serve_app.api.error_response import ErrorResponse, error_response
 from serve_app.errors import ReplicaLostError
 from serve_app.logs import about, get_logger
-from serve_app.routing.ledger import Lease
+from serve_app.routing.leases import Lease
 
 logger = get_logger(__name__)
 

@@ -38,7 +38,7 @@ from serve_app.errors import (
 from serve_app.logs import about_stream, get_logger
 from serve_app.replica.channel import Channels, Outputs
 from serve_app.replica.kept import Keep
-from serve_app.routing.ledger import Lease, LeaseRequest
+from serve_app.routing.leases import Lease, LeaseRequest
 
 logger = get_logger(__name__)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from serve_app.errors import LeaseRefusedError
-from serve_app.routing.ledger import BookedLease
+from serve_app.routing.leases import BookedLease
 
 
 @dataclass(slots=True, eq=False)

@@ -12,7 +12,7 @@ from serve_app.logs import get_logger
 from serve_app.metrics import OWN_BOOKS
 from serve_app.replica.lease_table import LeaseTable
 from serve_app.replica.output_hub import ChannelHub
-from serve_app.routing.ledger import ReplicaReport
+from serve_app.routing.leases import ReplicaReport
 from serve_app.routing.router_client import RouterSeam, RouterUnavailableError
 
 logger = get_logger(__name__)

@@ -10,7 +10,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from serve_app.routing.ledger import LeaseRequest, ReplicaView
+from serve_app.routing.leases import LeaseRequest
+from serve_app.routing.watch import ReplicaView
 
 MAX_DECISIONS = 4096
 MAX_VIEWS = 32

@@ -25,7 +25,9 @@ from serve_app.errors import RaggedServeError
 from serve_app.logs import LogOptions, about_stream, get_logger
 from serve_app.routing.decisions import Decisions
 from serve_app.routing.inquiries import Answers, Inquiries
-from serve_app.routing.ledger import Lease, LeaseRequest, Ledger, LedgerOptions, ReplicaReport
+from serve_app.routing.leases import Lease, LeaseRequest, ReplicaReport
+from serve_app.routing.ledger import Ledger
+from serve_app.routing.ledger_options import LedgerOptions
 from serve_app.routing.metrics_board import MetricsBoard
 
 logger = get_logger(__name__)

@@ -24,7 +24,8 @@ from serve_app.engine.totals import Counts, Histogram
 from serve_app.errors import DeadlineExceededError, EngineUnavailableError, ServerDrainingError
 from serve_app.logs import LogOptions, get_logger
 from serve_app.metrics import INGRESS
-from serve_app.routing.ledger import Lease, LeaseRequest, LedgerOptions, num_blocks_for
+from serve_app.routing.leases import Lease, LeaseRequest, num_blocks_for
+from serve_app.routing.ledger_options import LedgerOptions
 from serve_app.routing.router import Answer, RouterState, Settled
 
 logger = get_logger(__name__)

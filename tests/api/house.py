@@ -164,7 +164,7 @@ class House:
     def make_router(self) -> None:
         self._epoch += 1
         self.router = Router(self._epoch)
-        self.router.ledger._grace_seconds = 0.1
+        self.router.ledger.rebuilding.grace_seconds = 0.1
         self.router.board._settled_at = 0.0
 
     async def metrics(self) -> str:

@@ -271,7 +271,7 @@ def test_a_preemption(make: Make) -> None:
     house = make(num_replicas=1, engine=pool, policy="expect", seconds_per_step=0.0, make_engine=gate.make_engine)
     engine = house.replicas[0].engine.engine
     assert house.router is not None
-    house.router.ledger._lengths.expected = lambda allowed: 16  # type: ignore[method-assign]
+    house.router.ledger.admission.lengths.expected = lambda allowed: 16  # type: ignore[method-assign]
     asked = [Asked(house, f"p{i}", max_tokens=240, prompt=[HELD, i]) for i in range(3)]
     house.wait_until(lambda: len(house.replicas[0].table.rows()) == 3)
     gate.open()

@@ -34,7 +34,7 @@ from serve_app.errors import (
     SlowReaderError,
 )
 from serve_app.replica.load import load_engine
-from serve_app.routing.ledger import Lease, LeaseRequest
+from serve_app.routing.leases import Lease, LeaseRequest
 from tests.api.house import House, Replica
 from tests.tiny_models import make_tiny_model
 

@@ -482,6 +482,6 @@ def test_no_replica_is_a_clear_answer(directory: Path) -> None:
 
 
 async def _short_queue(house: House) -> None:
-    from serve_app.routing.ledger import LedgerOptions
+    from serve_app.routing.ledger_options import LedgerOptions
 
     house.client.set_options(LedgerOptions(max_queue_seconds=0.5, lease_seconds=1.0, replica_seconds=0.5), 2)

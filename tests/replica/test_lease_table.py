@@ -8,7 +8,7 @@ import pytest
 
 from serve_app.errors import LeaseRefusedError
 from serve_app.replica.lease_table import LeaseTable
-from serve_app.routing.ledger import BookedLease
+from serve_app.routing.leases import BookedLease
 
 
 def test_a_lease_opens_grows_and_ends() -> None:

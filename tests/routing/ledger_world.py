@@ -15,7 +15,9 @@ from dataclasses import dataclass, field, replace
 
 from serve_app.errors import LeaseRefusedError, OverloadedError, RaggedServeError, RequestTooLargeError
 from serve_app.replica.lease_table import LeaseTable
-from serve_app.routing.ledger import Lease, LeaseRequest, Ledger, LedgerOptions, ReplicaReport, num_blocks_for
+from serve_app.routing.leases import Lease, LeaseRequest, ReplicaReport, num_blocks_for
+from serve_app.routing.ledger import Ledger
+from serve_app.routing.ledger_options import LedgerOptions
 
 BLOCK_SIZE = 16
 MAX_MODEL_LEN = 1024

@@ -9,7 +9,9 @@ import pytest
 from serve_app.errors import OverloadedError
 from serve_app.routing import decisions as module
 from serve_app.routing.decisions import Decisions
-from serve_app.routing.ledger import Lease, LeaseRequest, Ledger
+from serve_app.routing.leases import Lease, LeaseRequest
+from serve_app.routing.ledger import Ledger
+from serve_app.routing.watch import ReplicaView
 from tests.routing.test_ledger import ask, granted, made, report
 
 
@@ -28,6 +30,12 @@ def request(ledger: Ledger, decisions: Decisions, asked: LeaseRequest, now: floa
 
 def told(decisions: Decisions, name: str, now: float) -> dict[str, Any]:
     return decisions.tell([name], now)[name]
+
+
+def views_of(ledger: Ledger, asked: LeaseRequest, held: str = "") -> dict[str, ReplicaView]:
+    """``held``: a replica that is held for another request."""
+    replicas = ledger.book.replicas
+    return ledger._placement.views(asked, replicas, replicas, replicas.keys() - {held})
 
 
 def test_reasons() -> None:
@@ -64,13 +72,12 @@ def test_what_left_a_replica_out() -> None:
     for name, count in (("x", 9), ("y", 9)):
         granted(ledger, ask(name, 1, num_choices=count, not_on=frozenset({"b", "c", "other"} if name == "x" else ())))
     asked = ask("now", 3, not_on=frozenset({"c"}), fingerprint="f")
-    views = ledger._views(asked, {i: r for i, r in ledger._replicas.items() if i != "b"})
+    views = views_of(ledger, asked, held="b")
     assert views["c"].left_out == "excluded"
     assert views["a"].left_out == "budget"
     assert views["b"].left_out in ("budget", "held")
-    assert ledger._views(ask("long", 1000), ledger._replicas)["c"].left_out == "too_small"
-    quiet = made(*replicas[:1], report("other", fingerprint="g"))
-    views = quiet._views(ask("f", fingerprint="f"), quiet._replicas)
+    assert views_of(ledger, ask("long", 1000))["c"].left_out == "too_small"
+    views = views_of(made(*replicas[:1], report("other", fingerprint="g")), ask("f", fingerprint="f"))
     assert (views["a"].left_out, views["other"].left_out) == (None, "other_numerics")
 
 

@@ -18,19 +18,15 @@ from serve_app.errors import (
     ServerDrainingError,
 )
 from serve_app.replica.lease_table import LeaseTable
-from serve_app.routing import estimates, ledger as ledger_module
+from serve_app.routing import admission as admission_module, estimates, ledger as ledger_module
+from serve_app.routing.admission import Admission
 from serve_app.routing.estimates import DrainRate, OutputLengths
-from serve_app.routing.ledger import (
-    CLOSED_SECONDS,
-    LOSSES,
-    BookedLease,
-    Lease,
-    LeaseRequest,
-    Ledger,
-    LedgerOptions,
-    ReplicaReport,
-    num_blocks_for,
-)
+from serve_app.routing.lease_book import LeaseBook, ReplicaBook
+from serve_app.routing.leases import BookedLease, Lease, LeaseRequest, ReplicaReport, num_blocks_for
+from serve_app.routing.ledger import CLOSED_SECONDS, LOSSES, Ledger
+from serve_app.routing.ledger_options import LedgerOptions
+from serve_app.routing.placement import Placement
+from serve_app.routing.wait_queue import Waiting, WaitQueue
 from tests.planted_faults import Fault, Patch, expect_noticed, scenario
 from tests.routing.ledger_world import World, random_world
 
@@ -121,7 +117,7 @@ def test_the_memory_of_prefixes_is_as_large_as_the_pool_and_loses_tails_first() 
     ledger = made(report(num_blocks=4))
     for name, hashes in (("r0", (1, 2, 3)), ("r1", (7, 8))):
         granted(ledger, ask(name, prefix_hashes=hashes))
-    assert list(ledger._replicas["a"].prefixes) == [2, 1, 8, 7]
+    assert list(ledger.book.replicas["a"].prefixes) == [2, 1, 8, 7]
 
 
 @pytest.mark.parametrize("why", ["draining", "silent", "avoided"])
@@ -235,7 +231,7 @@ def test_a_settled_lease_does_not_come_back_from_a_late_report() -> None:
     assert free(ledger) == 10
     ledger.settle(lease.lease_id, 9, 0.4)
     assert ledger.counters["settled"] == 1
-    assert len(ledger._lengths) == 1
+    assert len(ledger.admission.lengths) == 1
     # But if it is shown long after, somebody settled what still runs: the replica is right.
     ledger.report(report("a", 4, row(lease)), 9.0)
     assert free(ledger) == 6
@@ -268,7 +264,7 @@ def test_what_the_replica_no_longer_shows_has_ended_and_is_learned_from_once() -
     assert free(ledger) == 10
     ledger.settle(lease.lease_id, 9, 0.4)
     ledger.settle(lease.lease_id, 9, 0.4)
-    assert len(ledger._lengths) == 1
+    assert len(ledger.admission.lengths) == 1
 
 
 def test_what_was_never_shown_comes_back() -> None:
@@ -547,7 +543,7 @@ def test_without_an_open_replica_requests_wait_for_one() -> None:
 def test_a_request_that_has_waited_too_long_is_not_started() -> None:
     ledger, now = busy()
     assert ledger.request(ask("waits", remaining_ms=4000.0), now) is None
-    latest = now + 4.0 - ledger_module.TIME_MARGIN * 2.0
+    latest = now + 4.0 - admission_module.TIME_MARGIN * 2.0
     assert not ledger.grants(latest - 0.01)
     ((name, error),) = ledger.grants(latest + 0.01)
     assert isinstance(error, OverloadedError)
@@ -766,77 +762,75 @@ def skip_a_settle(patch: Patch) -> None:
 
 
 def count_a_booking_twice(patch: Patch) -> None:
-    set_blocks = Ledger._set_blocks
+    set_blocks = LeaseBook.set_blocks
 
-    def twice(ledger: Ledger, row: Any, num_blocks: int) -> None:
-        set_blocks(ledger, row, num_blocks)
-        ledger._replicas[row.replica_id].num_booked_blocks += num_blocks == 3
+    def twice(book: LeaseBook, lease: Any, num_blocks: int) -> None:
+        set_blocks(book, lease, num_blocks)
+        book.replicas[lease.replica_id].num_booked_blocks += num_blocks == 3
 
-    patch.setattr(Ledger, "_set_blocks", twice)
+    patch.setattr(LeaseBook, "set_blocks", twice)
 
 
 def keep_an_ended_lease_with_its_holder(patch: Patch) -> None:
-    set_blocks = Ledger._set_blocks
+    set_blocks = LeaseBook.set_blocks
 
-    def keeping(ledger: Ledger, row: Any, num_blocks: int) -> None:
-        set_blocks(ledger, row, num_blocks)
-        ledger._holders[row.holder_id].leases.add(row.lease_id)
+    def keeping(book: LeaseBook, lease: Any, num_blocks: int) -> None:
+        set_blocks(book, lease, num_blocks)
+        book.holders[lease.holder_id].leases.add(lease.lease_id)
 
-    patch.setattr(Ledger, "_set_blocks", keeping)
+    patch.setattr(LeaseBook, "set_blocks", keeping)
 
 
 def grant_past_the_pool(patch: Patch) -> None:
-    patch.setattr(
-        ledger_module._Replica, "num_free_blocks", property(lambda r: r.report.num_blocks - r.num_booked_blocks + 2)
-    )
+    patch.setattr(ReplicaBook, "num_free_blocks", property(lambda r: r.report.num_blocks - r.num_booked_blocks + 2))
 
 
 def grant_past_the_places(patch: Patch) -> None:
-    patch.setattr(ledger_module._Replica, "has_place", lambda replica, num_choices: True)
+    patch.setattr(ReplicaBook, "has_place", lambda replica, num_choices: True)
 
 
 def count_a_place_too_few(patch: Patch) -> None:
-    set_blocks = Ledger._set_blocks
+    set_blocks = LeaseBook.set_blocks
 
-    def fewer(ledger: Ledger, row: Any, num_blocks: int) -> None:
-        set_blocks(ledger, row, num_blocks)
-        ledger._replicas[row.replica_id].num_booked_seqs -= num_blocks == 3
+    def fewer(book: LeaseBook, lease: Any, num_blocks: int) -> None:
+        set_blocks(book, lease, num_blocks)
+        book.replicas[lease.replica_id].num_booked_seqs -= num_blocks == 3
 
-    patch.setattr(Ledger, "_set_blocks", fewer)
+    patch.setattr(LeaseBook, "set_blocks", fewer)
 
 
 def judge_no_waits(patch: Patch) -> None:
-    patch.setattr(Ledger, "_why_not_wait", lambda ledger, entry: None)
+    patch.setattr(Admission, "refusal", lambda *args, **named: None)
 
 
 def start_what_will_be_late(patch: Patch) -> None:
-    patch.setattr(ledger_module, "TIME_MARGIN", 0.0)
+    patch.setattr(admission_module, "TIME_MARGIN", 0.0)
 
 
 def learn_nothing_from_what_is_cut_off(patch: Patch) -> None:
-    learn = Ledger._learn
+    learn = Admission.learn
     patch.setattr(
-        Ledger,
-        "_learn",
-        lambda ledger, request, seconds, num: None if num is None else learn(ledger, request, seconds, num),
+        Admission,
+        "learn",
+        lambda admission, request, seconds, num: None if num is None else learn(admission, request, seconds, num),
     )
 
 
 def book_one_block_too_few(patch: Patch) -> None:
-    booking = Ledger._booking
+    booking = Placement.booking
 
-    def less(ledger: Ledger, *args: Any) -> int | None:
-        need = booking(ledger, *args)
+    def less(placement: Placement, *args: Any) -> int | None:
+        need = booking(placement, *args)
         return need - 1 if need is not None and need > 1 else need
 
-    patch.setattr(Ledger, "_booking", less)
+    patch.setattr(Placement, "booking", less)
 
 
 def take_reports_in_any_order(patch: Patch) -> None:
     take = Ledger.report
 
     def any_order(ledger: Ledger, new: ReplicaReport, now: float) -> Any:
-        replica = ledger._replicas.get(new.replica_id)
+        replica = ledger.book.replicas.get(new.replica_id)
         if replica is not None:
             replica.report = replace(replica.report, report_number=-1)
         return take(ledger, new, now)
@@ -845,38 +839,39 @@ def take_reports_in_any_order(patch: Patch) -> None:
 
 
 def forget_what_was_settled(patch: Patch) -> None:
-    patch.setattr(Ledger, "_remember", lambda ledger, *args, **named: None)
+    patch.setattr(LeaseBook, "_remember", lambda book, *args: None)
 
 
 def ignore_what_a_report_shows(patch: Patch) -> None:
-    patch.setattr(Ledger, "_compare", lambda ledger, *args: None)
+    patch.setattr(LeaseBook, "_compare", lambda book, *args, **named: None)
 
 
 def ignore_growth(patch: Patch) -> None:
-    compare = Ledger._compare
+    compare = LeaseBook._compare
 
-    def deaf(ledger: Ledger, replica: Any, booked: BookedLease, is_first: bool) -> None:
-        known = ledger._rows.get(booked.lease_id)
-        compare(ledger, replica, booked._replace(num_blocks=known.num_blocks) if known else booked, is_first)
+    def deaf(book: LeaseBook, replica: Any, booked: BookedLease, now: float, *, is_adopting: bool) -> None:
+        known = book.leases.get(booked.lease_id)
+        told = booked._replace(num_blocks=known.num_blocks) if known else booked
+        compare(book, replica, told, now, is_adopting=is_adopting)
 
-    patch.setattr(Ledger, "_compare", deaf)
+    patch.setattr(LeaseBook, "_compare", deaf)
 
 
 def keep_what_a_report_no_longer_shows(patch: Patch) -> None:
-    end = Ledger._end
-    patch.setattr(Ledger, "_end", lambda ledger, row, why: None if why == "ended_by_replica" else end(ledger, row, why))
+    end = LeaseBook.end
+    patch.setattr(LeaseBook, "end", lambda *args: None if "ended_by_replica" in args else end(*args))
 
 
 def grant_anywhere(patch: Patch) -> None:
-    patch.setattr(Ledger, "_is_open", lambda ledger, replica: True)
+    patch.setattr(ReplicaBook, "is_open", lambda replica, *args: True)
 
 
 def grant_on_avoided_replicas(patch: Patch) -> None:
-    choose = Ledger._choose
+    choose = Placement.choose
     patch.setattr(
-        Ledger,
-        "_choose",
-        lambda ledger, request, candidates: choose(ledger, replace(request, not_on=frozenset()), candidates),
+        Placement,
+        "choose",
+        lambda placement, request, candidates: choose(placement, replace(request, not_on=frozenset()), candidates),
     )
 
 
@@ -884,9 +879,9 @@ def grant_while_rebuilding(patch: Patch) -> None:
     scan = Ledger._scan
 
     def early(ledger: Ledger) -> None:
-        was, ledger.is_rebuilding = ledger.is_rebuilding, False
+        was, ledger.rebuilding.is_on = ledger.rebuilding.is_on, False
         scan(ledger)
-        ledger.is_rebuilding = was
+        ledger.rebuilding.is_on = was
 
     patch.setattr(Ledger, "_scan", early)
 
@@ -896,13 +891,20 @@ def wait_for_ever(patch: Patch) -> None:
 
 
 def never_look_at_the_queue_again(patch: Patch) -> None:
-    choose = Ledger._choose
+    choose = Placement.choose
+    enter = WaitQueue.enter
+    queues: list[WaitQueue] = []
 
-    def once(ledger: Ledger, request: LeaseRequest, candidates: Any) -> Any:
-        found = choose(ledger, request, candidates)
-        return None if request.request_id in ledger._waiting and len(ledger._queue) > 1 else found
+    def entering(queue: WaitQueue, entry: Any) -> None:
+        queues[:] = [queue]
+        enter(queue, entry)
 
-    patch.setattr(Ledger, "_choose", once)
+    def once(placement: Placement, request: LeaseRequest, candidates: Any) -> Any:
+        found = choose(placement, request, candidates)
+        return None if len(queues[0]) > 1 else found
+
+    patch.setattr(WaitQueue, "enter", entering)
+    patch.setattr(Placement, "choose", once)
     patch.setattr(Ledger, "_end_waits", lambda ledger: None)
 
 
@@ -923,33 +925,21 @@ def lose_an_answer(patch: Patch) -> None:
 
 
 def keep_what_was_never_shown(patch: Patch) -> None:
-    patch.setattr(Ledger, "_end_unshown_leases", lambda ledger: None)
+    patch.setattr(LeaseBook, "end_unshown_leases", lambda book, *args: None)
     patch.setattr(Ledger, "_lose_holder", lambda ledger, holder_id: None)
 
 
 def tell_of_leases_that_are_about_to_end(patch: Patch) -> None:
-    repeated = Ledger._repeated
-
-    def late(ledger: Ledger, request: LeaseRequest) -> Lease | None:
-        told_at = {lease_id: row.granted_at for lease_id, row in ledger._unshown.items()}
-        again = repeated(ledger, request)
-        for lease_id, row in ledger._unshown.items():
-            row.granted_at = told_at[lease_id]
-        ledger._unshown = OrderedDict(sorted(ledger._unshown.items(), key=lambda item: item[1].granted_at))
-        return again
-
-    patch.setattr(Ledger, "_repeated", late)
+    patch.setattr(LeaseBook, "is_told_again", lambda book, *args: None)
 
 
 def keep_silent_replicas(patch: Patch) -> None:
-    patch.setattr(Ledger, "_forget_silent_replicas", lambda ledger: None)
+    patch.setattr(LeaseBook, "silent_replicas", lambda book, *args: [])
 
 
 def forget_no_leases_of_a_dead_replica(patch: Patch) -> None:
-    end = Ledger._end
-    patch.setattr(
-        Ledger, "_end", lambda ledger, row, why: None if why == "lost_with_replica" else end(ledger, row, why)
-    )
+    end = LeaseBook.end
+    patch.setattr(LeaseBook, "end", lambda *args: None if "lost_with_replica" in args else end(*args))
 
 
 def never_hold_a_replica(patch: Patch) -> None:
@@ -961,7 +951,7 @@ def hold_every_replica(patch: Patch) -> None:
 
 
 def serve_by_age_alone(patch: Patch) -> None:
-    patch.setattr(ledger_module._Waiting, "order", property(lambda entry: (0, entry.number)))
+    patch.setattr(Waiting, "order", property(lambda entry: (0, entry.number)))
 
 
 def open_what_does_not_fit(patch: Patch) -> None:

@@ -9,7 +9,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from serve_app.metrics import TABLE, render, samples
 from serve_app.routing import ray_metrics
-from serve_app.routing.ledger import Ledger, LedgerOptions, ReplicaReport
+from serve_app.routing.leases import ReplicaReport
+from serve_app.routing.ledger import Ledger
+from serve_app.routing.ledger_options import LedgerOptions
 from serve_app.routing.ray_metrics import RayMetrics, ray_name
 
 Labels = tuple[tuple[str, str], ...]

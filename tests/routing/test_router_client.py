@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from serve_app.routing.ledger import LeaseRequest
+from serve_app.routing.leases import LeaseRequest
 from serve_app.routing.router import RouterState
 from serve_app.routing.router_client import RouterClient
 

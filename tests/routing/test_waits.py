@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from serve_app.errors import DeadlineExceededError
-from serve_app.routing.ledger import Lease, LeaseRequest
+from serve_app.routing.leases import Lease, LeaseRequest
 from serve_app.routing.router import RouterState
 from serve_app.routing.router_client import RouterClient, RouterUnavailableError
 
