@@ -19,7 +19,7 @@ import httpx
 import pytest
 import yaml
 
-from deploy.monitoring import dashboard
+from deploy.monitoring import dashboard, prometheusrule
 from serve_app.engine.request import FinishReason
 from serve_app.metrics import ROUTER, TABLE, Metric
 from tests.api.house import House
@@ -296,6 +296,12 @@ def test_an_alert_is_seen_quiet_and_firing(alert: str) -> None:
             firing |= bool(step["exp_samples"]) and before is not None and not before["exp_samples"]
     assert quiet
     assert firing
+
+
+def test_the_rules_for_kubernetes_are_what_the_script_writes() -> None:
+    written = prometheusrule.TARGET.read_text(encoding="utf-8")
+    assert written == prometheusrule.text(), "run: python deploy/monitoring/prometheusrule.py"
+    assert yaml.safe_load(written)["spec"] == RULES
 
 
 def test_on_a_good_day_nothing_fires() -> None:
