@@ -124,11 +124,6 @@ class _Held:
         self._last = token_ids[-1]
 
 
-def unpacked(words: Words, vocab_size: int) -> npt.NDArray[np.bool_]:
-    """bool [vocab_size] of a mask's words."""
-    return np.unpackbits(words.view(np.uint8), count=vocab_size, bitorder="little").view(np.bool_)
-
-
 def _fill(held: list[_Held], maker: MaskMaker) -> Words:
     for each in held:
         each.catch_up()

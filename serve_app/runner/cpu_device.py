@@ -24,7 +24,7 @@ from serve_app.logs import get_logger
 from serve_app.models.model import Model, ModelConfig
 from serve_app.runner import machine, numerics, pooler
 from serve_app.runner.batch import Batch, BatchBuilder
-from serve_app.runner.constraints import Constraints, unpacked
+from serve_app.runner.constraints import Constraints
 from serve_app.runner.device import ComputedStep, MakeModel
 from serve_app.runner.kv_cache import KVCache, num_blocks_that_fit
 from serve_app.runner.sampler import Sampler, token_logprobs
@@ -160,10 +160,7 @@ class CpuDevice:
         else:
             logits = self.model.forward(*inputs)
         computed = time.perf_counter()
-        masks = {}
-        if constrained is not None:
-            words = constrained.masks()
-            masks = {row: unpacked(mask, self.model_config.vocab_size) for row, mask in words.items()}
+        masks = None if constrained is None else constrained.masks()
         num_sampled = len(batch.sampling)
         token_ids: list[int] = []
         logprobs: Mapping[int, TokenLogprobs] = {}

@@ -14,7 +14,6 @@ import torch
 
 from serve_app.engine.sequence import Sequence
 from serve_app.errors import StepFailedError
-from serve_app.runner.constraints import unpacked
 from serve_app.runner.gpu import Measured
 from serve_app.runner.sampler import SampledTokens, token_logprobs
 
@@ -154,7 +153,8 @@ class GreedySampler:
         assert np.array_equal(rows.numpy(), plan.rows), "the parameters arrived, in this step's rows"
         logits_SV = logits_SV.clone()
         for row, words in plan.masks.items():
-            logits_SV[row, torch.from_numpy(~unpacked(words, logits_SV.shape[1]))] = -1e30
+            allowed = np.unpackbits(words.view(np.uint8), count=logits_SV.shape[1], bitorder="little")
+            logits_SV[row, torch.from_numpy(allowed == 0)] = -1e30
         self.steps.append(_Step(plan, logits_SV))
         return self.steps[-1]
 

@@ -32,23 +32,23 @@ def exponentials(
 
 
 def edited_logits(
-    logits_V: torch.Tensor, sequence: Sequence, mask_V: npt.NDArray[np.bool_] | None = None
+    logits_V: torch.Tensor, sequence: Sequence, mask: npt.NDArray[np.int32] | None = None
 ) -> torch.Tensor:
     """float32: as the CPU sampler edits them."""
     edited = logits_V.float().clone()
-    if mask_V is not None or _edits_logits(sequence):
-        _Edits(sequence, len(logits_V)).apply(edited.numpy(), mask_V)
+    if mask is not None or _edits_logits(sequence):
+        _Edits(sequence, len(logits_V)).apply(logits_V.float().numpy(), mask, edited.numpy())
     return edited
 
 
 def draw(
-    logits_V: torch.Tensor, sequence: Sequence, kept: Iterable[int], mask_V: npt.NDArray[np.bool_] | None = None
+    logits_V: torch.Tensor, sequence: Sequence, kept: Iterable[int], mask: npt.NDArray[np.int32] | None = None
 ) -> int:
     """The ``kept`` token with the largest weight / exponential."""
     sampling = sequence.request.sampling
     assert sampling.seed is not None
     assert sampling.temperature
-    edited = edited_logits(logits_V, sequence, mask_V)
+    edited = edited_logits(logits_V, sequence, mask)
     weights = torch.exp((edited - edited.max()) * np.float32(1 / sampling.temperature))
     position = len(sequence.token_ids)
     (numbers,) = exponentials(sampling.seed, [sequence.request.choice_index], [position], len(logits_V))

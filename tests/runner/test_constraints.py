@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -19,7 +18,7 @@ from serve_app.engine.scheduler import Key
 from serve_app.errors import InvalidParameterError
 from serve_app.llm import LLM, SamplingParams
 from serve_app.runner import cuda_device, model_runner
-from serve_app.runner.constraints import Constraints, unpacked
+from serve_app.runner.constraints import Constraints
 from serve_app.runner.model_runner import ModelRunner
 from serve_app.text import grammar
 from serve_app.text.tokenizer import Tokenizer
@@ -350,12 +349,6 @@ def test_only_rows_that_sample_have_masks(cpu_runner: ModelRunner, monkeypatch: 
     assert (1, 0) in sizes, "a chunk of the prompt, and the neighbour samples"
     assert (2, 1) in sizes
     assert max(num for _, num in sizes) == 1
-
-
-def test_a_mask_of_words_is_a_mask_of_ids() -> None:
-    words = np.array([1 | 1 << 31, 0, 2], dtype=np.uint32).view(np.int32)
-    assert np.flatnonzero(unpacked(words, 66)).tolist() == [0, 31, 65]
-    assert unpacked(words, 65).sum() == 2
 
 
 # ---- offline --------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from serve_app.kernels import sampling as kernels, sampling_cut, sampling_edits,
 from serve_app.runner import sampler as cpu
 from serve_app.runner.device_sampler import DeviceSampler, SampledStep
 from tests.runner import sampling_twin as twin
-from tests.runner.test_sampler import COMBINATIONS, distribution, make_sequence, random_logits
+from tests.runner.test_sampler import COMBINATIONS, distribution, make_sequence, packed, random_logits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """The interpreter's device is "cpu" (tests/conftest.py)."""
@@ -47,18 +47,10 @@ def sample(
     masks: Mapping[int, np.ndarray] | None = None,
     **more: Any,
 ) -> SampledStep:
-    """``masks``: bool [V] by row."""
     plan = sampler.prepare(company, masked=masks or (), **more)
     if masks:
-        plan.take_masks({row: packed(mask) for row, mask in masks.items()})
+        plan.take_masks(masks)
     return sampler.sample(logits_SV.to(DEVICE), plan)
-
-
-def packed(mask: np.ndarray) -> np.ndarray:
-    """int32 words of a bool [V], and one word more, as a mask with room for an end has."""
-    bits = np.zeros((len(mask) // 32 + 2) * 32, dtype=np.bool_)
-    bits[: len(mask)] = mask
-    return np.packbits(bits, bitorder="little").view(np.int32)
 
 
 def kept_sets(logits_SV: torch.Tensor, company: list[Sequence]) -> list[set[int]]:
@@ -368,9 +360,10 @@ def test_edited_logits_have_the_cpu_samplers_bits() -> None:
         {"repetition_penalty": 0.3, "min_tokens": 2},
     ]
     random = np.random.default_rng(4)
-    masks = {row: random.random(600) < 0.5 for row in (0, 4, 5, 6)}
-    masks[6] = np.isin(np.arange(600), (4, 8))
-    masks[4][[0, 60]] = True
+    allowed = {row: random.random(600) < 0.5 for row in (0, 4, 5, 6)}
+    allowed[6] = np.isin(np.arange(600), (4, 8))
+    allowed[4][[0, 60]] = True
+    masks = {row: packed(mask) for row, mask in allowed.items()}
     company = [
         make_sequence((3, 5, 60), (5, 60, 5, 599), slot=7 - row, stop_ids=(4, 8, 9_999), temperature=1.0, **kind)
         for row, kind in enumerate(kinds)
@@ -379,15 +372,15 @@ def test_edited_logits_have_the_cpu_samplers_bits() -> None:
     sampler = DeviceSampler(600, 8, DEVICE)
     plan = sampler.prepare(company, masked=masks)
     assert plan.edited == list(range(8))
-    plan.take_masks({row: packed(mask) for row, mask in masks.items()})
+    plan.take_masks(masks)
     tokens = sampler.sample(logits_SV.to(DEVICE), plan).read().token_ids
     assert sampler._edited is not None
     edited = sampler._edited.cpu().numpy()
     for row, sequence in enumerate(company):
         expected = twin.edited_logits(logits_SV[row], sequence, masks.get(row))
         np.testing.assert_array_equal(edited[row], expected.numpy())
-        allowed = set(np.flatnonzero(np.isfinite(expected.numpy())).tolist())
-        assert tokens[row] == twin.draw(logits_SV[row], sequence, allowed, masks.get(row))
+        left = set(np.flatnonzero(np.isfinite(expected.numpy())).tolist())
+        assert tokens[row] == twin.draw(logits_SV[row], sequence, left, masks.get(row))
     assert set(np.flatnonzero(np.isfinite(edited[3])).tolist()) == {4, 8}, "stop ids stay: nothing else may come"
     assert set(np.flatnonzero(np.isfinite(edited[6])).tolist()) == {4, 8}
 
@@ -531,9 +524,9 @@ def test_every_refusal_of_the_cpu_sampler_is_worded_the_same() -> None:
     nan, zeros = torch.zeros(1, 9), torch.zeros(1, 9)
     nan[0, 4] = math.nan
     cases: list[tuple[torch.Tensor, dict[str, Any], dict[str, Any]]] = [
-        (nan, {}, {"masks": {0: np.arange(9) < 3}}),
+        (nan, {}, {"masks": {0: packed(np.arange(9) < 3)}}),
         (nan, {"logit_bias": {1: 2.0}}, {}),
-        (zeros, {}, {"masks": {0: np.zeros(9, dtype=bool)}}),
+        (zeros, {}, {"masks": {0: packed(np.zeros(9, dtype=bool))}}),
         (zeros - math.inf, {}, {}),
         (zeros - math.inf, {"presence_penalty": 1.0}, {}),
         (zeros + 1, {"repetition_penalty": 1e-44}, {}),

@@ -46,6 +46,13 @@ def make_choice(request: GenerateRequest, *, slot: int = 0, stop_ids: Iterable[i
     return sequence
 
 
+def packed(mask: np.ndarray) -> np.ndarray:
+    """int32 words of a bool [V], and one word more, as a mask with room for an end has."""
+    bits = np.zeros((len(mask) // 32 + 2) * 32, dtype=np.bool_)
+    bits[: len(mask)] = mask
+    return np.packbits(bits, bitorder="little").view(np.int32)
+
+
 def distribution(logits: list[float], sequence: Sequence, allowed: Iterable[int] | None = None) -> dict[int, float]:
     """Token id -> probability, in the order of ids, of the tokens that are left. Greedy: one token."""
     sampling = sequence.request.sampling
@@ -356,7 +363,7 @@ def test_extreme_numbers_never_reach_an_impossible_token(
     mask = np.ones(vocab_size, dtype=bool)
     mask[[0, -1]] = False
     sequence = make_sequence(temperature=1.0, **settings)
-    tokens = draw_at(monkeypatch, logits_V, sequence, EDGES, masks={0: mask, 1: mask})
+    tokens = draw_at(monkeypatch, logits_V, sequence, EDGES, masks={0: packed(mask), 1: packed(mask)})
     least, most = tokens
     assert least in (1, 2)
     # 256 of these equals by lowest id are tokens 2 to 257.
@@ -373,7 +380,7 @@ def test_extreme_temperatures(monkeypatch: pytest.MonkeyPatch, temperature: floa
 def test_the_logits_stay_as_they_were_and_no_rows_is_fine() -> None:
     logits_SV = random_logits(24, 257, seed=8)
     before = logits_SV.clone()
-    Sampler(257, 24).sample(logits_SV, mixed_company(257, 24), {1: np.arange(257) < 9})
+    Sampler(257, 24).sample(logits_SV, mixed_company(257, 24), {1: packed(np.arange(257) < 9)})
     assert torch.equal(logits_SV, before)
     assert Sampler(257, 1).sample(torch.empty(0, 257), []) == ([], {})
 
@@ -388,7 +395,7 @@ def test_masks_and_allowed_tokens_are_intersected() -> None:
         make_sequence(temperature=0.0, slot=1, allowed_token_ids=(2, 4, 6)),
         make_sequence(temperature=0.0, slot=2, allowed_token_ids=(2, 4, 6)),
     ]
-    masks = {0: np.arange(10) < 8, 2: np.arange(10) < 5}
+    masks = {0: packed(np.arange(10) < 8), 2: packed(np.arange(10) < 5)}
     assert Sampler(10, 3).sample(logits_SV, company, masks).token_ids == [7, 6, 4]
 
 
@@ -402,7 +409,8 @@ def test_a_mask_row_samples_among_its_tokens_only() -> None:
     company = [
         make_sequence(slot=row, **{"temperature": 9.0, "seed": row} | kinds[row // 2 % len(kinds)]) for row in range(65)
     ]
-    tokens = Sampler(1_003, 65).sample(logits_SV, company, masks).token_ids
+    words = {row: packed(mask) for row, mask in masks.items()}
+    tokens = Sampler(1_003, 65).sample(logits_SV, company, words).token_ids
     for row, mask in masks.items():
         assert tokens[row] in distribution(logits_SV[row].tolist(), company[row], np.flatnonzero(mask).tolist())
     without = Sampler(1_003, 65).sample(logits_SV, company).token_ids
@@ -425,8 +433,8 @@ def test_stop_ids_stay_where_nothing_else_is_allowed() -> None:
     logits_SV = torch.tensor([[0.0, 5.0, 4.0, 3.0]])
     sequence = make_sequence(temperature=0.0, min_tokens=9, stop_ids=(1, 2))
     mask = np.array([False, True, True, False])
-    assert Sampler(4, 1).sample(logits_SV, [sequence], {0: mask}).token_ids == [1]
-    assert Sampler(4, 1).sample(logits_SV, [sequence], {0: ~mask}).token_ids == [3]
+    assert Sampler(4, 1).sample(logits_SV, [sequence], {0: packed(mask)}).token_ids == [1]
+    assert Sampler(4, 1).sample(logits_SV, [sequence], {0: packed(~mask)}).token_ids == [3]
 
 
 def test_logit_bias_can_force_and_forbid() -> None:
@@ -528,7 +536,7 @@ def test_a_nan_under_a_mask_is_found_too() -> None:
 def test_a_row_that_allows_nothing_is_refused() -> None:
     company = [make_sequence(slot=row, request_id=f"r{row}", temperature=0.0) for row in range(2)]
     with pytest.raises(StepFailedError, match=r"request r1 .*allowed"):
-        Sampler(9, 2).sample(torch.zeros(2, 9), company, {1: np.zeros(9, dtype=bool)})
+        Sampler(9, 2).sample(torch.zeros(2, 9), company, {1: packed(np.zeros(9, dtype=bool))})
     with pytest.raises(StepFailedError, match=r"request r0 .*allowed"):
         Sampler(9, 2).sample(torch.full((2, 9), -math.inf), company)
 
@@ -613,17 +621,13 @@ def test_token_logprobs_refuses_nan() -> None:
 
 
 def test_what_a_mask_leaves_out_weighs_nothing_and_costs_its_row_no_bits() -> None:
-    """Edited rows with logits out of reach go another way to their weights: the same one alone and in company."""
     generator = torch.Generator().manual_seed(7)
     logits = torch.randn(3, 1000, generator=generator) * 4
     masked = torch.rand(1000, generator=generator) < 0.5
     logits[1, masked] = -torch.inf
     logits[2, 640] = -105.0
     temperature = np.array([1.0, 0.7, 1.0])
-    rows = sampler_module._Rows.of(logits, are_edited=True)
-    scaled = logits - logits.amax(1, keepdim=True)
-    assert sampler_module._far_rows(rows, scaled) == [1, 2]
-    assert sampler_module._far_rows(sampler_module._Rows.of(logits), scaled) == []
+    rows = sampler_module._Rows.of(logits)
     weights, sums = sampler_module._weights(rows, temperature, None)
     flat = weights.reshape(3, -1)[:, :1000]
     assert np.array_equal(flat[1] == 0, masked.numpy())
@@ -631,7 +635,7 @@ def test_what_a_mask_leaves_out_weighs_nothing_and_costs_its_row_no_bits() -> No
     expected = np.exp((logits.double() - logits.double().amax(1, keepdim=True)).numpy() / temperature[:, None])
     assert np.allclose(flat, expected, rtol=1e-5, atol=1e-37)
     for row in range(3):
-        one = sampler_module._Rows.of(logits[row : row + 1], are_edited=True)
+        one = sampler_module._Rows.of(logits[row : row + 1])
         alone, alone_sums = sampler_module._weights(one, temperature[row : row + 1], None)
         assert np.array_equal(alone[0], weights[row])
         assert np.array_equal(alone_sums[0], sums[row])
