@@ -26,6 +26,8 @@ from tests.k8s.network import Peer, allows
 
 IMAGE = "ragged-serve"
 GPU = "nvidia.com/gpu"
+GPU_NODE = "nvidia.com/gpu.present"
+"""A node's label, of NVIDIA's feature discovery."""
 DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 HEAD_PORTS = {"gcs-server": 6379, "dashboard": 8265, "client": 10001, "metrics": 8080, "serve": 8000}
 WORKER_PORTS = {"metrics": 8080, "serve": 8000}
@@ -190,7 +192,7 @@ def memory(manifests: Manifests) -> Iterator[str]:
 
 
 def placement(manifests: Manifests) -> Iterator[str]:
-    """Ingresses and the router stay off pods with GPUs, which else would never leave; replicas find theirs."""
+    """Ingresses and the router stay off pods with GPUs, and pods without one off their nodes: else none could leave."""
     for pod in ray_pods(manifests):
         assert pod.group is not None
         labels = pod.group.get("labels") or {}
@@ -201,8 +203,14 @@ def placement(manifests: Manifests) -> Iterator[str]:
         for what, one in ((INGRESS, selector), ("the router", PLACE)):
             if matches(one, labels) != (pod.name == "ingress"):
                 yield f"{what}, which asks for {one}, {'may' if matches(one, labels) else 'cannot'} be on {pod.name}"
-    if resources(manifests.pod("ingress"))["GPU"]:
-        yield "ingress: it has a GPU"
+    for name in ("head", "ingress"):
+        affinity = (manifests.pod(name).spec.get("affinity") or {}).get("nodeAffinity") or {}
+        rules = affinity.get("preferredDuringSchedulingIgnoredDuringExecution") or []
+        wanted = {"key": GPU_NODE, "operator": "DoesNotExist"}
+        if not any(wanted in rule["preference"].get("matchExpressions", ()) for rule in rules):
+            yield f"{name}: it may lie on a node with GPUs, which then cannot leave"
+        if resources(manifests.pod(name))["GPU"]:
+            yield f"{name}: it has a GPU"
     wants_gpu = demand(manifests.deployments["Replica"])["GPU"] > 0
     if (resources(manifests.pod("replica"))["GPU"] > 0) != wants_gpu:
         yield f"replica: GPUs {resources(manifests.pod('replica'))['GPU']:g}, and the file asks for {wants_gpu:d}"

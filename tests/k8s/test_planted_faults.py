@@ -238,6 +238,14 @@ def ingress_on_a_gpu(m: Manifests) -> None:
     group(m, "replica")["labels"] = {}
 
 
+def head_on_a_gpu_node(m: Manifests) -> None:
+    del pod_spec(m, "head")["affinity"]
+
+
+def gpu_for_the_ingress(m: Manifests) -> None:
+    container(m, "ingress")["resources"]["limits"]["nvidia.com/gpu"] = "1"
+
+
 def old_autoscaler(m: Manifests) -> None:
     cluster(m)["autoscalerOptions"]["version"] = "v1"
 
@@ -287,6 +295,8 @@ FAULTS: list[tuple[Callable[[Manifests], None], dict[str, str]]] = [
     (large_object_store, {"memory": "replica: object-store-memory .* (does not fit|less than 1 GiB)"}),
     (no_shared_memory, {"memory": "replica: (/dev/shm must be memory|object-store)"}),
     (ingress_on_a_gpu, {"placement": "replica: its label|Ingress.* may be on replica|the router.* may be on replica"}),
+    (head_on_a_gpu_node, {"placement": "head: it may lie on a node with GPUs"}),
+    (gpu_for_the_ingress, {"placement": "ingress: it has a GPU"}),
     (old_autoscaler, {"scaling": "autoscalerOptions.version is not v2"}),
     (pod_restarts, {"scaling": "ingress: restartPolicy"}),
     # the head
