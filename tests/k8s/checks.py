@@ -209,8 +209,10 @@ def placement(manifests: Manifests) -> Iterator[str]:
         wanted = {"key": GPU_NODE, "operator": "DoesNotExist"}
         if not any(wanted in rule["preference"].get("matchExpressions", ()) for rule in rules):
             yield f"{name}: it may lie on a node with GPUs, which then cannot leave"
-        if resources(manifests.pod(name))["GPU"]:
-            yield f"{name}: it has a GPU"
+        pod = manifests.pod(name)
+        assert pod.group is not None
+        if GPU in (pod.main["resources"].get("limits") or {}) or pod.group["rayStartParams"].get("num-gpus") != "0":
+            yield f"{name}: it has a GPU, or takes those that it sees for its own"
     wants_gpu = demand(manifests.deployments["Replica"])["GPU"] > 0
     if (resources(manifests.pod("replica"))["GPU"] > 0) != wants_gpu:
         yield f"replica: GPUs {resources(manifests.pod('replica'))['GPU']:g}, and the file asks for {wants_gpu:d}"

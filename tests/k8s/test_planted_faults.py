@@ -246,6 +246,10 @@ def gpu_for_the_ingress(m: Manifests) -> None:
     container(m, "ingress")["resources"]["limits"]["nvidia.com/gpu"] = "1"
 
 
+def ingress_counts_its_nodes_gpus(m: Manifests) -> None:
+    del group(m, "ingress")["rayStartParams"]["num-gpus"]
+
+
 def old_autoscaler(m: Manifests) -> None:
     cluster(m)["autoscalerOptions"]["version"] = "v1"
 
@@ -297,6 +301,7 @@ FAULTS: list[tuple[Callable[[Manifests], None], dict[str, str]]] = [
     (ingress_on_a_gpu, {"placement": "replica: its label|Ingress.* may be on replica|the router.* may be on replica"}),
     (head_on_a_gpu_node, {"placement": "head: it may lie on a node with GPUs"}),
     (gpu_for_the_ingress, {"placement": "ingress: it has a GPU"}),
+    (ingress_counts_its_nodes_gpus, {"placement": "ingress: it has a GPU, or takes"}),
     (old_autoscaler, {"scaling": "autoscalerOptions.version is not v2"}),
     (pod_restarts, {"scaling": "ingress: restartPolicy"}),
     # the head
