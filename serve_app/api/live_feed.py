@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import json
+import secrets
 import time
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Mapping
@@ -151,6 +152,8 @@ class LiveFeed:
         self._gone: dict[str, bool] = {}
         """Replicas that are not asked any more -> whether they were lost."""
         self._counts: Counter[str] | None = None
+        self._watch = secrets.token_hex(8)
+        """This life's name: another one, and another ingress, counts events anew."""
         self._events: deque[Json] = deque(maxlen=MAX_EVENTS)
         self._num_events = 0
         # What the next message has to say.
@@ -344,6 +347,7 @@ class LiveFeed:
         }
         return {
             "is_first": True,
+            "watch": self._watch,
             "at_ms": _now_ms(),
             "tick_ms": self._tick_seconds * 1000.0,
             "replicas": replicas,

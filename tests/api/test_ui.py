@@ -153,6 +153,7 @@ def test_each_viewer_gets_each_step_once() -> None:
         await asyncio.sleep(3.0)
         assert first.messages[0]["is_first"]
         assert second.messages[0]["is_first"]
+        assert first.messages[0]["watch"] == second.messages[0]["watch"], "one life, whoever looks"
         assert not any("is_first" in message for message in first.messages[1:])
         for replica_id in ("a", "b"):
             last = first.indices(replica_id)[-1]

@@ -242,6 +242,29 @@ def test_a_key_where_the_server_wants_one(browser: Chromium) -> None:
         check(page, house)
 
 
+def test_what_happens_is_told_when_the_page_has_come_back(browser: Chromium) -> None:
+    """A server that nobody watched counts its events anew. A page left alone comes back every two minutes: it once held the
+    first new events for old ones, and told nothing of a replica that was lost."""
+    with make_house() as house:
+        feed = house.feed
+        assert feed is not None
+        page = browser.page()
+        page.goto(house.url + "/ui")
+        page.wait("document.querySelectorAll('canvas').length == 2")
+        log = "document.querySelector('#log').textContent"
+        house.replicas[0].is_leaving = True
+        page.wait(f"{log}.includes('replica0 drains')")
+        page.click("#pause")
+        house.wait_until(lambda: not feed.is_watched)
+        page.click("#pause")
+        house.wait_until(lambda: feed.is_watched and feed._snapshot is not None)
+        assert feed._num_events == 0
+        house.replicas[1].is_leaving = True
+        page.wait(f"{log}.includes('replica1 drains')", 60)
+        page.close()
+        check(page, house)
+
+
 def test_the_server_goes_and_comes_back(page: Page, house: House) -> None:
     """The feed ends on the server's side, then is refused, then is there again; the page asks until it is."""
     house.is_leaving = True

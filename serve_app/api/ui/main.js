@@ -23,6 +23,7 @@ let router = null;
 let colours = readColours();
 let key = sessionStorage.getItem("api-key") ?? "";
 let isPaused = false;
+let watch = null;
 let lastEvent = 0;
 
 const headers = () => (key ? { authorization: `Bearer ${key}` } : {});
@@ -175,7 +176,7 @@ function take(message) {
   }
   if (message.is_first) {
     for (const [id, replica] of replicas) if (!(id in message.replicas) && replica.goneAt === null) replica.goneAt = performance.now();
-    if (message.events.length && message.events.at(-1).event < lastEvent) lastEvent = 0; // another ingress, or a new watch
+    if (message.watch !== watch) [watch, lastEvent] = [message.watch, 0]; // another ingress, or nobody looked: it counts anew
   }
   for (const event of message.events) {
     if (event.event > lastEvent) happen(event.at_ms, `${event.kind} ${event.replica}`, event.number, (count) => wordsOfEvent(event, count));
