@@ -77,7 +77,10 @@ def main() -> int:
     is_over = threading.Event()
 
     def wait_for_the_end() -> None:
-        sys.stdin.buffer.read()
+        while os.read(
+            sys.stdin.fileno(), 4096
+        ):  # no buffer of Python's: its lock, held at the end, would abort the process
+            pass
         is_over.set()
 
     threading.Thread(target=wait_for_the_end, daemon=True).start()
