@@ -84,7 +84,7 @@ class ReplicaBook:
 
     def is_open(self, now: float, options: LedgerOptions) -> bool:
         """May get grants."""
-        return not self.report.is_draining and not self.is_silent(now, options)
+        return not self.report.is_draining and now - self.reported_at <= options.replica_seconds
 
     def num_cached_tokens(self, prefix_hashes: Sequence[int]) -> int:
         """Length of the prompt's prefix that was granted to it and not pushed out since."""

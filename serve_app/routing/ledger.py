@@ -78,7 +78,7 @@ class Ledger:
         self.queue = WaitQueue(options.max_queue_seconds)
         self.admission = Admission(options)
         self.rebuilding = Rebuilding(rebuilding, grace_seconds)
-        self._placement = Placement(self.admission.allowance)
+        self._placement = Placement(self.admission)
         self._version: int | None = None
         self._now = -math.inf
         self._ends_at: float | None = None
@@ -111,13 +111,9 @@ class Ledger:
         self.book.drop_replica(replica_id, self._now)
         self.rebuilding.heard_of(replica_id)
 
-    def _is_open(self, replica: ReplicaBook) -> bool:
-        """May get grants."""
-        return replica.is_open(self._now, self.options)
-
     @property
     def _has_open_replica(self) -> bool:
-        return any(self._is_open(replica) for replica in self.book.replicas.values())
+        return any(replica.is_open(self._now, self.options) for replica in self.book.replicas.values())
 
     # --------------------------------------------------------------------------------------------------- holders
 
@@ -278,17 +274,17 @@ class Ledger:
         After that one replica is held for it: only requests ahead of it are granted there. The leases on that replica
         end, the request fits its whole pool, so its turn comes; the other replicas go on serving those behind it.
         """
-        queue, book = self.queue, self.book
-        if self.rebuilding.is_on or not queue:
+        waiting, book = self.queue.entries, self.book
+        if self.rebuilding.is_on or not waiting:
             if self.watch is not None:
                 self._say_who_waits(0, "no_replica")
             return
-        open_ones = {i: replica for i, replica in book.replicas.items() if self._is_open(replica)}
+        open_ones = {i: replica for i, replica in book.replicas.items() if replica.is_open(self._now, self.options)}
         candidates = dict(open_ones)
         passed: list[Waiting] = []
         i = 0
-        while i < len(queue) and candidates and len(passed) < MAX_SKIPS:
-            entry = queue[i]
+        while i < len(waiting) and candidates and len(passed) < MAX_SKIPS:
+            entry = waiting[i]
             found = None if entry.seen_room == book.room else self._placement.choose(entry.request, candidates)
             if found is not None:
                 self._leave_queue(entry)
@@ -315,7 +311,7 @@ class Ledger:
     def _say_who_waits(self, first: int, cause: str) -> None:
         """Of those that were not looked at."""
         assert self.watch is not None
-        for entry in list(self.queue)[first:]:
+        for entry in self.queue.entries[first:]:
             self.watch.waits(entry.request.request_id, cause, self._now)
 
     def _hold(self, entry: Waiting, candidates: dict[str, ReplicaBook]) -> None:
@@ -420,7 +416,9 @@ class Ledger:
         """Tokens of the pools that they would take up, where each choice takes at least the share of its place in a step."""
         reports = [replica.report for replica in self.book.replicas.values()]
         most = min((report.num_tokens / report.max_num_seqs for report in reports), default=0.0)
-        return max(self.queue.num_tokens, math.ceil(most * sum(entry.request.num_choices for entry in self.queue)))
+        return max(
+            self.queue.num_tokens, math.ceil(most * sum(entry.request.num_choices for entry in self.queue.entries))
+        )
 
     def rows(self, replica_id: str) -> tuple[BookedLease, ...]:
         """The live leases of one replica, as its own table should show them."""
@@ -440,7 +438,7 @@ class Ledger:
             "num_holders": len(book.holders),
             "num_queued_requests": len(queue),
             "num_queued_tokens": queue.num_tokens,
-            "oldest_wait_seconds": max((self._now - entry.queued_at for entry in queue), default=0.0),
+            "oldest_wait_seconds": max((self._now - entry.queued_at for entry in queue.entries), default=0.0),
             "drain_tokens_per_second": self.admission.drain.tokens_per_second,
             "num_output_lengths": len(self.admission.lengths),
             "counters": dict(self.counters),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 
+from serve_app.routing.admission import Admission
 from serve_app.routing.lease_book import ReplicaBook
 from serve_app.routing.leases import LeaseRequest, ReplicaReport, num_blocks_for
 from serve_app.routing.watch import ReplicaView
@@ -33,20 +34,18 @@ def freest_for(request: LeaseRequest, candidates: Mapping[str, ReplicaBook]) -> 
 
 
 class Placement:
-    """``allowance``: the output tokens to book for a choice that may have so many."""
+    """``admission``: whose allowance is booked."""
 
-    def __init__(self, allowance: Callable[[int], int]) -> None:
-        self._allowance = allowance
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
 
     def booking(self, request: LeaseRequest, report: ReplicaReport) -> int | None:
         """Blocks. None: this replica can never hold the request."""
         whole = whole_need(request, report)
-        if whole is None:
-            return None
-        most = min(request.max_output_tokens, report.max_model_len - request.num_prompt_tokens)
-        num_output = self._allowance(most)
-        if num_output == most:
+        if whole is None or self._admission.options.policy == "reserve":
             return whole
+        room = report.max_model_len - request.num_prompt_tokens
+        num_output = self._admission.allowance(min(request.max_output_tokens, room))
         return num_blocks_for(request.num_prompt_tokens, num_output, request.num_choices, report.block_size)
 
     def choose(self, request: LeaseRequest, candidates: Mapping[str, ReplicaBook]) -> tuple[str, int] | None:

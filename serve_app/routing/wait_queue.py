@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from serve_app.routing.leases import LeaseRequest
@@ -45,19 +44,14 @@ class WaitQueue:
         self.num_expected_tokens = 0
         self._max_seconds = max_seconds
         self._num_arrivals = 0
-        self._entries: list[Waiting] = []
+        self.entries: list[Waiting] = []
+        """In order. Changed by `enter` and `leave` alone."""
         self._by_request: dict[str, Waiting] = {}
         self._ends: list[tuple[float, int, str]] = []
         """Heap of (end of the wait, number, request id). Entries that left the queue are dropped when they come up."""
 
     def __len__(self) -> int:
-        return len(self._entries)
-
-    def __iter__(self) -> Iterator[Waiting]:
-        return iter(self._entries)
-
-    def __getitem__(self, place: int) -> Waiting:
-        return self._entries[place]
+        return len(self.entries)
 
     def get(self, request_id: str) -> Waiting | None:
         return self._by_request.get(request_id)
@@ -68,33 +62,33 @@ class WaitQueue:
         return self._num_arrivals
 
     def enter(self, entry: Waiting) -> None:
-        insort(self._entries, entry, key=_order)
+        insort(self.entries, entry, key=_order)
         self._by_request[entry.request.request_id] = entry
         self.num_tokens += entry.num_tokens
         self.num_expected_tokens += entry.num_expected_tokens
         self._push_end(entry)
 
     def leave(self, entry: Waiting) -> None:
-        del self._entries[self._place_of(entry)]
+        del self.entries[self._place_of(entry)]
         del self._by_request[entry.request.request_id]
         self.num_tokens -= entry.num_tokens
         self.num_expected_tokens -= entry.num_expected_tokens
 
     def of_holder(self, holder_id: str) -> list[Waiting]:
-        return [entry for entry in self._entries if entry.request.holder_id == holder_id]
+        return [entry for entry in self.entries if entry.request.holder_id == holder_id]
 
     def num_expected_tokens_up_to(self, entry: Waiting) -> int:
         """Of those before it, and its own."""
-        if self._entries[-1] is entry:
+        if self.entries[-1] is entry:
             return self.num_expected_tokens
-        return sum(ahead.num_expected_tokens for ahead in self._entries[: self._place_of(entry) + 1])
+        return sum(ahead.num_expected_tokens for ahead in self.entries[: self._place_of(entry) + 1])
 
     # ---- the ends of waits ---------------------------------------------------------------------------------------
 
     @property
     def next_end(self) -> float | None:
         """When a wait may end at the earliest. None: nobody waits."""
-        return self._ends[0][0] if self._ends and self._entries else None
+        return self._ends[0][0] if self._ends and self.entries else None
 
     def find_ended(self, now: float) -> Waiting | None:
         """One whose wait is over; it is to leave. None: there is none."""
@@ -110,13 +104,13 @@ class WaitQueue:
         """Also for those that wait already."""
         self._max_seconds = max_seconds
         self._ends.clear()
-        for entry in self._entries:
+        for entry in self.entries:
             self._push_end(entry)
 
     # ---- parts ---------------------------------------------------------------------------------------------------
 
     def _place_of(self, entry: Waiting) -> int:
-        return bisect_left(self._entries, entry.order, key=_order)
+        return bisect_left(self.entries, entry.order, key=_order)
 
     def _end_of(self, entry: Waiting) -> float:
         return min(entry.starts_by, entry.queued_at + self._max_seconds)
@@ -126,13 +120,13 @@ class WaitQueue:
 
     def check_invariants(self) -> None:
         """Raises AssertionError if the queue does not add up. For tests and soaks; computes everything anew."""
-        orders = [entry.order for entry in self._entries]
+        orders = [entry.order for entry in self.entries]
         assert orders == sorted(set(orders)), "the queue is not in order"
-        assert self._by_request == {entry.request.request_id: entry for entry in self._entries}, "the queue's index"
-        assert self.num_tokens == sum(entry.num_tokens for entry in self._entries), "queued tokens"
-        assert self.num_expected_tokens == sum(entry.num_expected_tokens for entry in self._entries)
+        assert self._by_request == {entry.request.request_id: entry for entry in self.entries}, "the queue's index"
+        assert self.num_tokens == sum(entry.num_tokens for entry in self.entries), "queued tokens"
+        assert self.num_expected_tokens == sum(entry.num_expected_tokens for entry in self.entries)
         due = {(number, request_id) for _, number, request_id in self._ends}
-        assert due.issuperset((e.number, e.request.request_id) for e in self._entries), "a wait without an end"
+        assert due.issuperset((e.number, e.request.request_id) for e in self.entries), "a wait without an end"
 
 
 def _order(entry: Waiting) -> tuple[int, bool, int]:
