@@ -12,7 +12,7 @@ from serve_app.routing.decisions import Decisions
 from serve_app.routing.leases import Lease, LeaseRequest
 from serve_app.routing.ledger import Ledger
 from serve_app.routing.watch import ReplicaView
-from tests.routing.test_ledger import ask, granted, made, report
+from tests.routing.ledgers import ask, granted, made, report
 
 
 def watched(*replicas: Any, **options: Any) -> tuple[Ledger, Decisions]:

@@ -6,7 +6,15 @@ import random
 
 import pytest
 
-from serve_app.routing.estimates import MIN_LENGTHS, MIN_SERVED, OutputLengths, ServiceTime
+from serve_app.routing.estimates import (
+    MIN_DRAINED,
+    MIN_LENGTHS,
+    MIN_SERVED,
+    NUM_LENGTHS,
+    DrainRate,
+    OutputLengths,
+    ServiceTime,
+)
 
 
 def test_service_time_is_a_line_over_the_length() -> None:
@@ -57,3 +65,30 @@ def test_an_answer_without_output_books_none() -> None:
         lengths.add(5, 10)
     assert lengths.expected(0) == 0
     assert lengths.expected(10) == 5
+
+
+def test_the_drain_rate_has_no_bias_at_its_start() -> None:
+    rate = DrainRate()
+    assert rate.tokens_per_second is None
+    for i in range(10):
+        rate.elapse(0.1)
+        rate.add(50)
+        assert (rate.tokens_per_second is None) == (i + 1 < MIN_DRAINED)
+    assert rate.tokens_per_second == pytest.approx(500, rel=0.06)
+
+
+def test_expected_lengths_are_a_high_quantile_of_what_finished() -> None:
+    lengths = OutputLengths()
+    for i in range(MIN_LENGTHS - 1):
+        lengths.add(i, 1000)
+    assert lengths.expected(700) == 700
+    for i in range(1000):
+        lengths.add(i % 100, 200 if i % 2 else 1000)
+    assert len(lengths) == NUM_LENGTHS == len(lengths._lengths) == len(lengths._shares)
+    assert lengths.expected(1000) == pytest.approx(90, abs=2)
+    assert lengths.expected(50) < 50
+    assert lengths.expected(1) == 1
+    for _ in range(600):
+        lengths.add(64, 64)
+    assert lengths.expected(40) == 40
+    assert lengths.expected(4000) == 64
