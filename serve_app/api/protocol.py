@@ -252,6 +252,11 @@ class GenerationInput(RequestModel):
     def given_max_tokens(self) -> int | None:
         return self.max_tokens
 
+    @property
+    def max_tokens_name(self) -> str | None:
+        """The field in which the client said it. None: it did not."""
+        return None if self.max_tokens is None else "max_tokens"
+
     def prompts(self, tokenizer: Tokenizer, template: ChatTemplate | None) -> list[EncodedPrompt]:
         """The prompts as token ids. Takes time in proportion to the text: keep long ones off an event loop.
 
@@ -488,6 +493,10 @@ class ChatCompletionRequest(GenerationInput, ChatInput):
     @property
     def given_max_tokens(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def max_tokens_name(self) -> str | None:
+        return super().max_tokens_name if self.max_completion_tokens is None else "max_completion_tokens"
 
     def check(self, limits: RequestLimits) -> None:
         super().check(limits)

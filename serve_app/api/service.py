@@ -427,10 +427,10 @@ class Service:
             raise ContextLengthError(
                 f"the prompt has {num_prompt} tokens; with a context of {longest} it may have at most {longest - 1}"
             )
-        given = request.given_max_tokens
-        if given is not None and request.max_tokens is not None and num_prompt + given > longest:
+        given, name = request.given_max_tokens, request.max_tokens_name
+        if given is not None and name is not None and num_prompt + given > longest:
             raise ContextLengthError(
-                f"max_tokens is {given} and the prompt has {num_prompt} tokens; together they may be at most {longest}"
+                f"{name} is {given} and the prompt has {num_prompt} tokens; together they may be at most {longest}"
             )
         configured = self.model.default_chat_max_tokens
         sampling = request.sampling_params(default_chat_max_tokens(num_prompt, longest, configured))

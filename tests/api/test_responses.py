@@ -538,6 +538,7 @@ ABUSES: dict[str, tuple[Any, ...]] = {
     "max_tokens": bad({"max_tokens": 5}, "max_tokens", "unknown_parameter"),
     "max_output_tokens is 0": bad({"max_output_tokens": 0}, "max_output_tokens"),
     "max_output_tokens is beyond int32": bad({"max_output_tokens": 2**40}, "max_output_tokens"),
+    "max_output_tokens is more than the context": bad({"max_output_tokens": 4000}, None, "context_length_exceeded"),
     "a long input": bad({"input": "a b " * 5000}, None, "context_length_exceeded"),
     "temperature is text": bad({"temperature": "1"}, "temperature"),
     "metadata is a list": bad({"metadata": []}, "metadata"),
@@ -576,6 +577,22 @@ def test_abuse(scripted: House, name: str) -> None:
     assert "messages" not in error["message"] or name == "messages"
     assert "response_format" not in error["message"]
     assert "max_tokens" not in error["message"] or name == "max_tokens"
+
+
+def test_no_name_of_max_tokens_is_cut_silently(scripted: House) -> None:
+    """max_tokens was refused where it and the prompt exceed the context; max_completion_tokens and max_output_tokens, which
+    may be all that a newer client sends, were lowered without a word. vLLM refuses all three (its TokenizeParams)."""
+    chat = {"messages": [{"role": "user", "content": "a"}]}
+    for path, fields, name in (
+        ("/v1/chat/completions", chat, "max_tokens"),
+        ("/v1/chat/completions", chat, "max_completion_tokens"),
+        ("/v1/completions", {"prompt": "a"}, "max_tokens"),
+        ("/v1/responses", {"input": "a"}, "max_output_tokens"),
+    ):
+        answer = httpx.post(scripted.url + path, json={**fields, name: 4000})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (400, "context_length_exceeded"), error
+        assert error["message"].startswith(f"{name} is 4000 and the prompt has "), error
 
 
 def test_streams_of_this_route_are_not_kept(scripted: House) -> None:
