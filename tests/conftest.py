@@ -5,10 +5,12 @@ Knows no part of serve_app. Tests write under ``tmp_path`` only.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -48,6 +50,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and this machine has none"))
+
+
+def pytest_collection_finish() -> None:
+    """Each new client of httpx, and each httpx.get, reads the list of certificate authorities again: 50 ms of a core, for
+    what no test uses. From now on it is read once. A core test still imports no httpx."""
+    transports: Any = sys.modules.get("httpx._transports.default")
+    if transports is not None:
+        transports.create_ssl_context = functools.cache(transports.create_ssl_context)
 
 
 @pytest.fixture(autouse=True)
