@@ -2,6 +2,7 @@
 
     ingress that is asked    listen(id) -> questions      a long poll, in flight all the time where somebody may ask
                              answer(number, id, answer)
+                             stop_listening(id)           when it ends
     ingress that asks        inquire(question) -> answers
 
 So nobody pushes what nobody asks for, and ingresses need not know each other.
@@ -37,6 +38,9 @@ class _Listener:
     num_polls: int = 0
     """In flight: a call that its caller has given up goes on for a while."""
     heard_at: float = 0.0
+    """When a poll ended."""
+    alive_at: float = 0.0
+    """When anything was heard of it."""
     questions: list[tuple[int, Any]] = field(default_factory=list)
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -49,25 +53,39 @@ class _Question:
 
 
 class Inquiries:
-    """Every method on one event loop. ``clock``: monotonic seconds."""
+    """Every method on one event loop. ``clock``: monotonic seconds. ``gone_seconds``: one not heard of for so long has gone,
+    though a poll of it be in flight: nobody says that the caller has died."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], gone_seconds: Callable[[], float]) -> None:
         self._clock = clock
+        self._gone_seconds = gone_seconds
         self._listeners: dict[str, _Listener] = {}
         self._questions: dict[int, _Question] = {}
         self._num_questions = 0
 
     def has_listeners(self) -> bool:
         """Forgets those that have gone."""
-        over = self._clock() - BETWEEN_SECONDS
-        for holder_id in [i for i, one in self._listeners.items() if not one.num_polls and one.heard_at < over]:
-            del self._listeners[holder_id]
+        now = self._clock()
+        between, gone = now - BETWEEN_SECONDS, now - self._gone_seconds()
+        for holder_id, one in list(self._listeners.items()):
+            if one.alive_at <= gone or (not one.num_polls and one.heard_at < between):
+                del self._listeners[holder_id]
         return bool(self._listeners)
+
+    def is_alive(self, holder_id: str) -> None:
+        """Something was heard of it."""
+        if (listener := self._listeners.get(holder_id)) is not None:
+            listener.alive_at = self._clock()
+
+    def stop_listening(self, holder_id: str) -> None:
+        """It ends, and will answer nothing."""
+        self._listeners.pop(holder_id, None)
 
     async def listen(self, holder_id: str) -> list[tuple[int, Any]]:
         """Questions, each with its number. Waits until there is one, at most POLL_SECONDS."""
         listener = self._listeners.setdefault(holder_id, _Listener())
         listener.num_polls += 1
+        listener.alive_at = self._clock()
         try:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(POLL_SECONDS):

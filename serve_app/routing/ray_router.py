@@ -26,7 +26,7 @@ from serve_app.routing.router_client import RouterUnavailableError
 logger = get_logger(__name__)
 
 NAMESPACE = "ragged-serve"
-PROTOCOL = 3
+PROTOCOL = 4
 """Changes with any change of what crosses processes here: two versions of the code then have two routers."""
 IDLE_SECONDS = 60.0
 """Without a call for so long the application is gone, and the router ends itself."""

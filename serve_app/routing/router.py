@@ -5,7 +5,7 @@
               tell(settled, withdrawn, ...) -> RouterState                       one call in flight; at least every second
     replica   report(its table, whether it drains) -> what waits                 a few times a second
     launcher  close(seconds)                                                     when the server ends
-    explain   listen, inquire, answer (inquiries.py), decisions                  where api.explain is set
+    explain   listen, inquire, answer, ... (inquiries.py), decisions             where api.explain is set
 
 A plain class on one event loop, which ray_router.py makes an actor of. A new one grants nothing until replicas had time to
 report.
@@ -79,7 +79,7 @@ class Router:
         self._arrived = asyncio.Event()
         """Something came into some mailbox."""
         self._timer: asyncio.TimerHandle | None = None
-        self._inquiries = Inquiries(clock)
+        self._inquiries = Inquiries(clock, lambda: self.ledger.options.lease_seconds)
         self._decisions: Decisions | None = None
         """Kept while somebody listens: only then will anybody ask."""
 
@@ -131,6 +131,7 @@ class Router:
         """
         now = self._called()
         self.board.tell(holder_id, counts, now)
+        self._inquiries.is_alive(holder_id)
         self.ledger.renew(holder_id, now)
         for lease_id, num_output_tokens in settled:
             self.ledger.settle(lease_id, num_output_tokens, now)
@@ -164,6 +165,10 @@ class Router:
         if self._decisions is None:
             self._decisions = self.ledger.watch = Decisions(lambda: time.time() * 1000.0)
         return await self._inquiries.listen(holder_id)
+
+    async def stop_listening(self, holder_id: str) -> None:
+        self._called()
+        self._inquiries.stop_listening(holder_id)
 
     async def inquire(self, question: Any) -> Answers:
         """What all ingresses that listen answer."""

@@ -120,6 +120,7 @@ class RouterClient:
         self._has_queued = asyncio.Event()
         self._answered = asyncio.Event()
         self._is_closed = False
+        self._is_listening = False
         self._end: str | None = None
         """Why nobody gets a lease any more."""
 
@@ -137,6 +138,8 @@ class RouterClient:
             await asyncio.wait(self._tasks)
         with contextlib.suppress(RouterUnavailableError):
             await self._tell()
+            if self._is_listening:
+                await self._call(CALL_SECONDS, "stop_listening", self.holder_id)
 
     # ---- for requests --------------------------------------------------------------------------------------------
 
@@ -198,6 +201,7 @@ class RouterClient:
 
     def listen(self, answer: Callable[[Any], Any]) -> None:
         """From now on ``answer`` is asked what any ingress inquires of all."""
+        self._is_listening = True
         self._spawn(self._listen_forever(answer))
 
     async def has_answered(self) -> None:

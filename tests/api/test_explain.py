@@ -391,6 +391,8 @@ def test_any_ingress_answers(make: Make) -> None:
             await client.close()
 
     house.run(second())
+    answer = explain(house, "nobody's")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "request_not_found"), "the second has ended"
 
 
 # ---- the log ---------------------------------------------------------------------------------------------------------
