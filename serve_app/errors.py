@@ -231,23 +231,23 @@ class EngineUnavailableError(RaggedServeError):
     code = "engine_unavailable"
 
 
-class ServerDrainingError(EngineUnavailableError):
-    """``retry_after``: whole seconds, at least 1, after which another server may be there."""
+class _WithRetryAfter(Exception):
+    """``retry_after``: whole seconds, at least 1: the header Retry-After."""
 
     def __init__(self, message: str, retry_after: int = 1) -> None:
         super().__init__(message)
         self.retry_after = retry_after
 
 
-class OverloadedError(RaggedServeError):
-    """``retry_after``: whole seconds, at least 1, after which room is likely."""
+class ServerDrainingError(_WithRetryAfter, EngineUnavailableError):
+    """After ``retry_after`` another server may be there."""
+
+
+class OverloadedError(_WithRetryAfter, RaggedServeError):
+    """After ``retry_after`` room is likely."""
 
     status = 429
     code = "overloaded"
-
-    def __init__(self, message: str, retry_after: int = 1) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
 
 
 class LeaseRefusedError(RaggedServeError):

@@ -178,6 +178,8 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("api/request_model.py", SERVICE),
     ("api/headers.py", SERVICE),
     ("api/fields.py", SERVICE),
+    ("api/names.py", SERVICE),
+    ("api/prompts.py", SERVICE),
     ("api/tools.py", SERVICE),
     ("api/messages.py", SERVICE),
     ("api/response_format.py", SERVICE),

@@ -37,7 +37,8 @@ from serve_app.api.answer_formats import (
 )
 from serve_app.api.error_response import error_event
 from serve_app.api.event_id import ChoiceShown, encode_choice, fold, join_event_id
-from serve_app.api.protocol import ChatCompletionRequest, CompletionRequest, EncodedPrompt
+from serve_app.api.prompts import EncodedPrompt
+from serve_app.api.protocol import ChatCompletionRequest, CompletionRequest
 from serve_app.api.tools import tool_call_id
 from serve_app.engine.request import FinishReason, TokenLogprobs, TokenOutput
 from serve_app.text.detokenizer import Detokenizer, make_detokenizer

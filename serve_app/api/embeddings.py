@@ -13,11 +13,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from serve_app.api.fields import MAX_CACHE_SALT_CHARS, Prompts, RequestId
-from serve_app.api.protocol import WITHOUT_EFFECT, EncodedPrompt
+from serve_app.api.fields import CacheSalt, Priority, Prompts, RequestId
+from serve_app.api.names import WITHOUT_EFFECT
+from serve_app.api.prompts import EncodedPrompt, encode_prompts
 from serve_app.api.request_model import MAX_INT, IgnoredField, RequestLimits, RequestModel, Unimplemented
 from serve_app.engine.request import GenerateRequest, PoolingParams, SamplingParams
-from serve_app.errors import ContextLengthError, InvalidParameterError, InvalidPromptError
+from serve_app.errors import ContextLengthError, InvalidParameterError
 from serve_app.text.tokenizer import Tokenizer
 
 _NO_SAMPLING = SamplingParams(max_tokens=1).resolved()
@@ -41,10 +42,10 @@ class EmbeddingRequest(RequestModel):
     add_special_tokens: bool = True
     """Make a text's ids as the tokenizer would (bos, eos). Ids are taken as they are."""
 
-    priority: Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)] = 0
+    priority: Priority = 0
     """Lower is served earlier."""
 
-    cache_salt: Annotated[str, Field(max_length=MAX_CACHE_SALT_CHARS)] = ""
+    cache_salt: CacheSalt = ""
     """Prefixes are shared only among requests with an equal salt."""
 
     request_id: RequestId | None = None
@@ -74,14 +75,7 @@ class EmbeddingRequest(RequestModel):
 
     def prompts(self, tokenizer: Tokenizer) -> list[EncodedPrompt]:
         """Takes time in proportion to the text. Raises InvalidPromptError."""
-        encoded = []
-        for i, prompt in enumerate(self.input):
-            text = prompt if isinstance(prompt, str) else None
-            ids = tokenizer.encode(prompt, self.add_special_tokens) if isinstance(prompt, str) else prompt
-            if not ids:
-                raise InvalidPromptError(f"input {i} has 0 tokens; at least 1 is needed")
-            encoded.append(EncodedPrompt(tuple(ids), text))
-        return encoded
+        return encode_prompts(self.input, tokenizer, "input", add_special_tokens=self.add_special_tokens)
 
     def generate_request(
         self, request_id: str, prompt: EncodedPrompt, pooling: PoolingParams, remaining_ms: float | None = None

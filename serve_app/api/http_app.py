@@ -295,36 +295,30 @@ class EventStream(Response):
 
 async def _generate(face: Face, request: Request, kind: type[GenerationRequest]) -> Response:
     service, note = face.service, _note(face, request)
-    received_at = asyncio.get_running_loop().time()
-    remaining_ms = timeout_ms(request.headers.get(TIMEOUT_HEADER))
+    remaining_ms = _remaining_ms(request)
     body = await read_body(request, face.max_body_bytes)
     asked = await service.parse(kind, body)
     resumable = None
     if RESUMABLE_HEADER in request.headers or EVENT_ID_HEADER in request.headers:
         resumable = resumable_of(request.headers, request.url.path, given_key(request.headers), body)
     request_id = asked.request_id or request.state.request_id
-    if remaining_ms is not None:
-        remaining_ms -= (asyncio.get_running_loop().time() - received_at) * 1000.0
     service.requests.name(note, request_id)
-    generation = await service.start(asked, request_id, remaining_ms, resumable)
+    generation = await service.start(asked, request_id, remaining_ms(), resumable)
     service.requests.attach(note, generation, asked.model or service.model.names[0])
     return await _answer(request, generation, request_id, asked.request_id)
 
 
 async def _respond(face: Face, request: Request) -> Response:
     service, note = face.service, _note(face, request)
-    received_at = asyncio.get_running_loop().time()
-    remaining_ms = timeout_ms(request.headers.get(TIMEOUT_HEADER))
+    remaining_ms = _remaining_ms(request)
     for name in (RESUMABLE_HEADER, EVENT_ID_HEADER):
         if request.headers.get(name, "0").strip().lower() not in ("0", "false", ""):
             raise InvalidParameterError(name, request.headers[name], "left out: no stream of this route is kept")
     asked = await service.parse(ResponsesRequest, await read_body(request, face.max_body_bytes))
     request_id = asked.request_id or request.state.request_id
-    if remaining_ms is not None:
-        remaining_ms -= (asyncio.get_running_loop().time() - received_at) * 1000.0
     service.requests.name(note, request_id)
     try:
-        generation = await service.start(asked.chat, request_id, remaining_ms, make=answer_maker(asked))
+        generation = await service.start(asked.chat, request_id, remaining_ms(), make=answer_maker(asked))
     except InvalidRequestError as error:
         raise asked.translated(error) from error
     service.requests.attach(note, generation, asked.model or service.model.names[0])
@@ -333,19 +327,26 @@ async def _respond(face: Face, request: Request) -> Response:
 
 async def _embed(face: Face, request: Request) -> Response:
     service, note = face.service, _note(face, request)
-    received_at = asyncio.get_running_loop().time()
-    remaining_ms = timeout_ms(request.headers.get(TIMEOUT_HEADER))
+    remaining_ms = _remaining_ms(request)
     asked = await service.parse(EmbeddingRequest, await read_body(request, face.max_body_bytes))
-    if remaining_ms is not None:
-        remaining_ms -= (asyncio.get_running_loop().time() - received_at) * 1000.0
     request_id = asked.request_id or request.state.request_id
     service.requests.name(note, request_id, "embd-" + request_id)
-    work = service.embed(asked, request_id, remaining_ms, note.streams)
+    work = service.embed(asked, request_id, remaining_ms(), note.streams)
     body = await until_disconnect(request.receive, work)
     if body is None:
         return Response(status_code=499)  # nobody reads it
     headers = {} if asked.request_id is None else {"x-request-id": asked.request_id}
     return Response(body, headers=headers, media_type="application/json")
+
+
+def _remaining_ms(request: Request) -> Callable[[], float | None]:
+    """What it returns says how much is left of the time that the client gives; None: it names none. Time runs from here.
+
+    Raises InvalidParameterError.
+    """
+    given, clock = timeout_ms(request.headers.get(TIMEOUT_HEADER)), asyncio.get_running_loop().time
+    received_at = clock()
+    return lambda: None if given is None else given - (clock() - received_at) * 1000.0
 
 
 def _note(face: Face, request: Request) -> RequestNote:

@@ -2,7 +2,7 @@
 
 Knows names, types, ranges, and how a request becomes prompts, SamplingParams and GenerateRequests. Knows no route, no
 answer and no device. Where it comes from: OpenAI's API reference, and vLLM's protocol for the extras. The messages of chats
-are in `messages`, the base and the three tables of names in `request_model`.
+are in `messages`, the names that are no fields in `names`, the base of all in `request_model`.
 """
 
 from __future__ import annotations
@@ -10,17 +10,33 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from serve_app.api.fields import MAX_CACHE_SALT_CHARS, Count, LogitBias, Prompts, RequestId, Seed, Stop, TokenIds
+from serve_app.api.fields import (
+    CacheSalt,
+    Count,
+    LogitBias,
+    MinP,
+    Priority,
+    Prompts,
+    RequestId,
+    Seed,
+    Stop,
+    Temperature,
+    TokenIds,
+    TopK,
+    TopP,
+)
 from serve_app.api.messages import ChatInput, Message
+from serve_app.api.names import CHAT_UNIMPLEMENTED, COMPLETION_UNIMPLEMENTED, RENAMED, WITHOUT_EFFECT
+from serve_app.api.prompts import EncodedPrompt, encode_chat, encode_prompts
 from serve_app.api.request_model import MAX_INT, IgnoredField, RequestLimits, RequestModel, Unimplemented
 from serve_app.api.response_format import Constraint, ResponseFormat, StructuredOutputs
 from serve_app.api.tools import ChosenTool, Tool, allowed_tools, check_choice
 from serve_app.engine.request import MAX_LOGPROBS, MAX_SEED, GenerateRequest, SamplingParams
-from serve_app.errors import InvalidParameterError, InvalidPromptError, UnsupportedParameterError
+from serve_app.errors import InvalidParameterError, UnsupportedParameterError
 from serve_app.text.chat_template import ChatTemplate
 from serve_app.text.grammar import combined
 from serve_app.text.grammar_check import Verdict
@@ -36,95 +52,6 @@ COMPLETION_MAX_TOKENS = 16
 PLAIN = OutputFormat()
 """Of a model whose text is content and nothing else."""
 
-
-class EncodedPrompt(NamedTuple):
-    """One prompt as the model sees it."""
-
-    token_ids: tuple[int, ...]
-    text: str | None
-    """None if it came as token ids."""
-
-
-# ---- the tables of names ---------------------------------------------------------------------------------------------
-
-
-WITHOUT_EFFECT: Mapping[str, IgnoredField] = {
-    "user": IgnoredField("a string", lambda v: type(v) is str, "OpenAI uses it to find abuse"),
-    "safety_identifier": IgnoredField("a string", lambda v: type(v) is str, "the same, under its new name"),
-    "metadata": IgnoredField(
-        "an object of strings",
-        lambda v: type(v) is dict and all(type(x) is str for x in v.values()),
-        "OpenAI shows it beside stored answers",
-    ),
-    "store": IgnoredField("false", lambda v: v is False, "answers are not stored here"),
-    "service_tier": IgnoredField("'auto'", lambda v: v == "auto", "there is one tier; see priority"),
-    "prompt_cache_key": IgnoredField(
-        "a string", lambda v: type(v) is str, "equal prefixes meet without it; to keep them apart, see cache_salt"
-    ),
-}
-"""Accepted by completions and chat, without effect."""
-
-UNIMPLEMENTED: Unimplemented = {
-    "allowed_tools": (),
-    "bad_words": ([],),
-    "ec_transfer_params": (),
-    "guided_choice": (),
-    "guided_decoding_backend": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_whitespace_pattern": (),
-    "kv_transfer_params": (),
-    "length_penalty": (1.0,),
-    "logits_processors": ([],),
-    "logprob_token_ids": (),
-    "prompt_logprobs": (),
-    "repetition_detection": (),
-    "return_token_offsets": (False,),
-    "return_tokens_as_token_ids": (False,),
-    "routed_experts_prompt_start": (0,),
-    "session_id": (),
-    "spaces_between_special_tokens": (True,),
-    "stream_interval": (1,),
-    "thinking_token_budget": (),
-    "truncate_prompt_tokens": (),
-    "truncation_side": (),
-    "use_beam_search": (False,),
-    "vllm_xargs": ({},),
-    "watermarking": (False,),
-}
-
-RENAMED: Mapping[str, str] = {
-    "guided_choice": "structured_outputs.choice",
-    "guided_grammar": "structured_outputs.grammar",
-    "guided_json": "structured_outputs.json",
-    "guided_regex": "structured_outputs.regex",
-    "guided_whitespace_pattern": "structured_outputs.whitespace_pattern",
-}
-"""vLLM's own names before it renamed them."""
-
-COMPLETION_UNIMPLEMENTED: Unimplemented = {**UNIMPLEMENTED, "prompt_embeds": ([],), "suffix": ("",)}
-
-CHAT_UNIMPLEMENTED: Unimplemented = {
-    **UNIMPLEMENTED,
-    "audio": (),
-    "best_of": (1,),
-    "chat_template": (),
-    "documents": ([],),
-    "echo": (False,),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "media_io_kwargs": ({},),
-    "mm_processor_kwargs": ({},),
-    "modalities": (["text"],),
-    "moderation": (),
-    "prediction": (),
-    "prompt_cache_options": (),
-    "prompt_cache_retention": (),
-    "return_prompt_text": (False,),
-    "verbosity": ("medium",),
-    "web_search_options": (),
-}
 
 # ---- models ----------------------------------------------------------------------------------------------------------
 
@@ -156,16 +83,16 @@ class GenerationInput(RequestModel):
     min_tokens: Count = 0
     """Tokens before which nothing but max_tokens ends the answer."""
 
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    temperature: Temperature | None = None
     """0 is greedy. By default what the model's generation_config.json says; so for the next four."""
 
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: TopP | None = None
     """Sample from the most likely tokens that have this probability together."""
 
-    top_k: Annotated[int, Field(ge=-1, le=MAX_INT)] | None = None
+    top_k: TopK | None = None
     """Sample from that many most likely tokens. 0 or -1: from all."""
 
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    min_p: MinP | None = None
     """Leave out tokens less likely than this share of the likeliest one's probability."""
 
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
@@ -213,10 +140,10 @@ class GenerationInput(RequestModel):
     stream_options: StreamOptions | None = None
     """Only with stream."""
 
-    priority: Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)] = 0
+    priority: Priority = 0
     """Lower is served earlier."""
 
-    cache_salt: Annotated[str, Field(max_length=MAX_CACHE_SALT_CHARS)] = ""
+    cache_salt: CacheSalt = ""
     """Prefixes are shared only among requests with an equal salt."""
 
     request_id: RequestId | None = None
@@ -427,14 +354,7 @@ class CompletionRequest(GenerationInput):
             )
 
     def prompts(self, tokenizer: Tokenizer, template: ChatTemplate | None = None) -> list[EncodedPrompt]:
-        encoded = []
-        for i, prompt in enumerate(self.prompt):
-            text = prompt if isinstance(prompt, str) else None
-            ids = tokenizer.encode(prompt, self.add_special_tokens) if isinstance(prompt, str) else prompt
-            if not ids:
-                raise InvalidPromptError(f"prompt {i} has 0 tokens; at least 1 is needed")
-            encoded.append(EncodedPrompt(tuple(ids), text))
-        return encoded
+        return encode_prompts(self.prompt, tokenizer, "prompt", add_special_tokens=self.add_special_tokens)
 
     def text_stream(
         self,
@@ -581,7 +501,7 @@ class ChatCompletionRequest(GenerationInput, ChatInput):
         return self.messages[-1].content if self.continue_final_message else None
 
     def prompts(self, tokenizer: Tokenizer, template: ChatTemplate | None) -> list[EncodedPrompt]:
-        return [_encode_chat(self._render(self.messages, _need(template)), tokenizer, add_special_tokens=False)]
+        return [encode_chat(self._render(self.messages, _need(template)), tokenizer, add_special_tokens=False)]
 
     def text_stream(
         self,
@@ -647,7 +567,7 @@ class TokenizeRequest(ChatInput):
         """The token ids. Raises as GenerationInput.prompts does. Time in proportion to the text."""
         if self.messages is not None:
             text = self._render(self.messages, _need(template))
-            return list(_encode_chat(text, tokenizer, add_special_tokens=bool(self.add_special_tokens)).token_ids)
+            return list(encode_chat(text, tokenizer, add_special_tokens=bool(self.add_special_tokens)).token_ids)
         assert self.prompt is not None
         return tokenizer.encode(self.prompt, self.add_special_tokens is not False)
 
@@ -672,11 +592,3 @@ def _need(template: ChatTemplate | None) -> ChatTemplate:
     if template is None:
         raise InvalidParameterError("messages", None, "left out: this model has no chat template; use /v1/completions")
     return template
-
-
-def _encode_chat(text: str, tokenizer: Tokenizer, *, add_special_tokens: bool) -> EncodedPrompt:
-    """The template has written bos itself, if the model wants one."""
-    ids = tokenizer.encode(text, add_special_tokens)
-    if not ids:
-        raise InvalidPromptError("the chat template made a prompt of 0 tokens; at least 1 is needed")
-    return EncodedPrompt(tuple(ids), text)

@@ -8,8 +8,8 @@ import sys
 from serve_app.api.embeddings import EmbeddingRequest
 from serve_app.api.headers import HEADERS
 from serve_app.api.messages import Message
+from serve_app.api.names import WITHOUT_EFFECT
 from serve_app.api.protocol import (
-    WITHOUT_EFFECT,
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,

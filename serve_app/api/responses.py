@@ -24,7 +24,8 @@ from typing import Any
 from serve_app.api.answer_formats import ChatFormat, TokenTexts
 from serve_app.api.answers import Answer
 from serve_app.api.error_response import error_response
-from serve_app.api.protocol import ChatCompletionRequest, EncodedPrompt
+from serve_app.api.prompts import EncodedPrompt
+from serve_app.api.protocol import ChatCompletionRequest
 from serve_app.api.responses_protocol import ResponsesRequest
 from serve_app.api.tools import tool_call_id
 from serve_app.text.text_stream import Parsed

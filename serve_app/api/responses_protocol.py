@@ -23,8 +23,9 @@ import pydantic
 from pydantic import Field, PlainValidator, PrivateAttr
 
 from serve_app.api.error_response import WrongValueError, error_response, shown
-from serve_app.api.fields import MAX_CACHE_SALT_CHARS, RequestId, Seed
-from serve_app.api.protocol import WITHOUT_EFFECT, ChatCompletionRequest
+from serve_app.api.fields import CacheSalt, MinP, Priority, RequestId, Seed, Temperature, TopK, TopP
+from serve_app.api.names import WITHOUT_EFFECT
+from serve_app.api.protocol import ChatCompletionRequest
 from serve_app.api.request_model import MAX_INT, IgnoredField, RequestLimits, RequestModel, Unimplemented
 from serve_app.engine.request import MAX_LOGPROBS
 from serve_app.errors import InvalidParameterError, RaggedServeError, UnsupportedParameterError
@@ -273,10 +274,10 @@ class ResponsesRequest(RequestModel):
     max_output_tokens: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
     """Most tokens of the answer, reasoning and calls included. An answer that reaches it is `incomplete`."""
 
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    temperature: Temperature | None = None
     """0 is greedy. By default what the model's generation_config.json says; so for top_p, top_k, min_p."""
 
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: TopP | None = None
     """Sample from the most likely tokens that have this probability together."""
 
     text: TextOptions = TextOptions(format={"type": "text"})
@@ -308,16 +309,16 @@ class ResponsesRequest(RequestModel):
     seed: Seed | None = None
     """The same seed, input and parameters give the same answer. This and what follows: as in a chat."""
 
-    top_k: Annotated[int, Field(ge=-1, le=MAX_INT)] | None = None
+    top_k: TopK | None = None
     """Sample from that many most likely tokens."""
 
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    min_p: MinP | None = None
     """Leave out tokens less likely than this share of the likeliest one's probability."""
 
-    priority: Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)] = 0
+    priority: Priority = 0
     """Lower is served earlier."""
 
-    cache_salt: Annotated[str, Field(max_length=MAX_CACHE_SALT_CHARS)] = ""
+    cache_salt: CacheSalt = ""
     """Prefixes are shared only among requests with an equal salt."""
 
     request_id: RequestId | None = None

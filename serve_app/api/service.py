@@ -27,11 +27,11 @@ from serve_app.api.explain import Explainer
 from serve_app.api.failover import Failover
 from serve_app.api.headers import EVENT_ID_HEADER, RESUMABLE_HEADER
 from serve_app.api.ingress_counts import IngressCounts, RequestTimes
+from serve_app.api.prompts import EncodedPrompt
 from serve_app.api.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
-    EncodedPrompt,
     TokenizeRequest,
     default_chat_max_tokens,
 )

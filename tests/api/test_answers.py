@@ -13,7 +13,8 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from serve_app.api.answer_formats import TokenTexts
 from serve_app.api.answers import DONE, Answer, detokenize_body, make_answer, tokenize_body
-from serve_app.api.protocol import ChatCompletionRequest, CompletionRequest, EncodedPrompt
+from serve_app.api.prompts import EncodedPrompt
+from serve_app.api.protocol import ChatCompletionRequest, CompletionRequest
 from serve_app.engine.request import FinishReason, TokenLogprobs, TokenOutput
 from serve_app.text.output_parser import ToolCallDelta
 from serve_app.text.text_stream import Parsed, TextDelta

@@ -15,7 +15,8 @@ import pytest
 
 from serve_app.api.answer_formats import TokenTexts
 from serve_app.api.answers import make_answer
-from serve_app.api.protocol import ChatCompletionRequest, CompletionRequest, EncodedPrompt
+from serve_app.api.prompts import EncodedPrompt
+from serve_app.api.protocol import ChatCompletionRequest, CompletionRequest
 from serve_app.engine.request import SamplingParams
 from serve_app.llm import LLM
 from serve_app.text.chat_template import ChatTemplate

@@ -15,14 +15,12 @@ from openai.types.chat import completion_create_params as chat_create_params
 
 from serve_app.api.error_response import MAX_MESSAGE_CHARS, error_response
 from serve_app.api.json_body import MAX_DEPTH, parse_json
+from serve_app.api.names import CHAT_UNIMPLEMENTED, COMPLETION_UNIMPLEMENTED, WITHOUT_EFFECT
+from serve_app.api.prompts import EncodedPrompt
 from serve_app.api.protocol import (
-    CHAT_UNIMPLEMENTED,
-    COMPLETION_UNIMPLEMENTED,
-    WITHOUT_EFFECT,
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
-    EncodedPrompt,
     TokenizeRequest,
     default_chat_max_tokens,
 )

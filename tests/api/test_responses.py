@@ -17,7 +17,7 @@ import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 
 from serve_app.api.failover import FailoverLimits
-from serve_app.api.protocol import EncodedPrompt
+from serve_app.api.prompts import EncodedPrompt
 from serve_app.api.responses import ResponseAnswer
 from serve_app.api.responses_protocol import ResponsesRequest
 from serve_app.config import ServeArgs
