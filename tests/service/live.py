@@ -26,17 +26,19 @@ import openai
 import psutil
 import pytest
 import yaml  # type: ignore[import-untyped]
+from ray._private import auto_init_hook
 
 import serve_app
 from serve_app.config import ServeArgs
 from serve_app.engine.simulated_runner import _ROOT, _mix
-from serve_app.routing.ledger import BookedLease
+from serve_app.routing.leases import BookedLease
 from serve_app.routing.ray_router import NAMESPACE, actor_name
 from serve_app.serve_run import free_port
 from tests.tiny_models import TOKENIZER_SIZE
 
-# Else a thread that Ray leaves behind may start a new Ray here after the last one has ended.
-os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
+# Else a thread that Ray leaves behind may start a new Ray here after the last one has ended. (Ray reads the variable for it
+# when it is first imported, which is too early.)
+auto_init_hook.enable_auto_connect = False
 
 REPOSITORY = Path(serve_app.__file__).parent.parent
 MODES = ("launch", "serve run")
@@ -46,6 +48,7 @@ KEY = "the-key"
 NAMES = ["simulated", "simulated-alias"]
 BLOCK_SIZE, NUM_BLOCKS, MAX_MODEL_LEN = 16, 256, 4096
 STEP_SECONDS = 0.01
+INGRESS_DRAIN_SECONDS = 8.0
 PATIENCE = 120.0
 """Seconds after which a condition will never hold. Only a failure waits so long."""
 POLICY = {"policy_function": "serve_app.replica.autoscaling:CommittedTokensPolicy"}
@@ -59,7 +62,8 @@ launched = pytest.mark.parametrize("service", ["launch"], indirect=True)
 def make_config(model: Path, port: int, mode: str) -> Json:
     """deploy/config.yaml with a simulated model, two ingresses, two replicas with small pools.
 
-    With "launch" the number of replicas is the policy's, between two and two: a change of the bounds applies in place.
+    With "launch" the number of replicas is the policy's, between two and two: a change of the bounds applies in place. With
+    "serve run" what runs on a replica that leaves has a second to end there.
     """
     config: Json = yaml.safe_load((REPOSITORY / "deploy" / "config.yaml").read_text())
     config["http_options"] = {"host": "127.0.0.1", "port": port}
@@ -72,7 +76,10 @@ def make_config(model: Path, port: int, mode: str) -> Json:
         },
         "engine": {"block_size": BLOCK_SIZE, "num_kv_blocks": NUM_BLOCKS, "max_model_len": MAX_MODEL_LEN},
         "api": {"explain": True},
+        "drain": {"ingress_seconds": INGRESS_DRAIN_SECONDS},
     }
+    if mode == "serve run":
+        config["applications"][0]["args"]["drain"]["replica_seconds"] = 1.0
     ingress, replica = (deployment_of(config, name) for name in ("Ingress", "Replica"))
     ingress["num_replicas"] = 2
     if mode == "launch":
@@ -162,16 +169,16 @@ class Service:
                 # A shell may have switched interrupts off for all that it starts in the background, us included.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
             )
-        wait_until(self._is_up, "readiness")
+        with httpx.Client(timeout=5) as client:
+            wait_until(lambda: self._is_up(client), "readiness")
         self._join()
         self.check_whole()
         return self
 
-    def _is_up(self) -> bool:
-        assert self._process is not None
-        assert self._process.poll() is None, self.output
+    def _is_up(self, client: httpx.Client) -> bool:
+        assert self._process is None or self._process.poll() is None, self.output
         with contextlib.suppress(httpx.HTTPError):
-            return httpx.get(f"{self.url}/ready", timeout=5).status_code == 200
+            return client.get(f"{self.url}/ready").status_code == 200
         return False
 
     @property
@@ -255,16 +262,20 @@ class Service:
 
     def is_whole(self, num_replicas: int = 2) -> bool:
         """All of its parts run, and the router has heard of the replicas."""
+        details = self._details()
+        found = {name: one["replicas"] for name, one in details["deployments"].items()}
         wanted = {"Ingress": 2, "Replica": num_replicas}
-        if self._details()["status"] != "RUNNING" or any(
-            list(self.states(name).values()) != ["RUNNING"] * number for name, number in wanted.items()
+        if details["status"] != "RUNNING" or any(
+            [replica["state"] for replica in found.get(name, [])] != ["RUNNING"] * number
+            for name, number in wanted.items()
         ):
             return False
-        known = self.snapshot()["replicas"]
+        snapshot = self.snapshot()
+        known = snapshot["replicas"]
         return (
-            set(known) == set(self.pids("Replica"))
+            set(known) == {replica["replica_id"] for replica in found["Replica"]}
             and not any(replica["is_silent"] or replica["is_draining"] for replica in known.values())
-            and self.snapshot()["num_holders"] >= 2
+            and snapshot["num_holders"] >= 2
         )
 
     def check_whole(self, num_replicas: int = 2) -> None:

@@ -11,15 +11,23 @@ import shutil
 import signal
 import threading
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.service.live import HEADERS, Service, Stream, completion, deployment_of, launched, tokens_of, wait_until
+from tests.service.live import (
+    HEADERS,
+    INGRESS_DRAIN_SECONDS,
+    MODES,
+    Service,
+    Stream,
+    completion,
+    launched,
+    tokens_of,
+    wait_until,
+)
 
 own_proxy = pytest.mark.parametrize("service", ["serve run"], indirect=True)
 NUM_CLIENTS = 6
@@ -27,8 +35,7 @@ NUM_TOKENS = 250
 """Of a stream of the load: a few seconds."""
 MIN_IN_A_PHASE = 6
 LONG = 1900
-"""Tokens of a stream that is longer than any time to drain here."""
-SHORT_DRAIN = {"replica_seconds": 1.0, "ingress_seconds": 6.0}
+"""Tokens of a stream that is longer than an ingress drains."""
 
 
 class Load:
@@ -91,17 +98,10 @@ def redeploy(service: Service, args: dict[str, Any]) -> Load:
     return load
 
 
-@contextmanager
-def redeployed(service: Service, **changes: Any) -> Iterator[None]:
-    """With other arguments of the application; there and back under load."""
+def update(service: Service) -> None:
+    """By a value of the arguments that does nothing else. No stream is lost, in none of its parts."""
     args = copy.deepcopy(service.config["applications"][0]["args"])
-    redeploy(service, args | changes).check()
-    try:
-        yield
-    except BaseException:
-        service.config["applications"][0]["args"] = args
-        service.deploy(service.config)
-        raise
+    args["api"]["title"] = f"not {args['api'].get('title')}"
     redeploy(service, args).check()
 
 
@@ -119,24 +119,21 @@ def running(service: Service, numbers: range, max_tokens: int) -> list[Stream]:
     return streams
 
 
-@launched
-def test_every_part_leaves_and_nothing_is_lost(service: Service) -> None:
-    with redeployed(service, drain=SHORT_DRAIN):
-        take_a_replica_away(service)
-        service.check_rest()
-        take_an_ingress_away(service)
-        service.check_rest()
+@pytest.mark.parametrize("service", MODES, indirect=True)
+def test_an_update_and_an_ingress_that_leaves(service: Service) -> None:
+    update(service)
+    take_an_ingress_away(service)
 
 
-def take_a_replica_away(service: Service) -> None:
-    """What is left on it after a second goes on elsewhere."""
-    scaling = deployment_of(service.config, "Replica")["autoscaling_config"]
-    service.change("Replica", autoscaling_config=scaling | {"min_replicas": 3, "max_replicas": 3})
+@own_proxy
+def test_a_replica_leaves(service: Service) -> None:
+    """What is left on it after a second goes on elsewhere. (test_scaling.py: it ends there, where it has the time.)"""
+    service.change("Replica", num_replicas=3)
     service.check_whole(3)
     streams = running(service, range(9), 600)
     first = {replica_id: len(rows) for replica_id, rows in service.books().items()}
     assert min(first.values()) >= 2, first
-    service.change("Replica", autoscaling_config=scaling)
+    service.change("Replica", num_replicas=2)
     wait_until(lambda: "STOPPING" in service.states("Replica").values(), "the end of one")
     (leaving,) = (replica_id for replica_id, state in service.states("Replica").items() if state == "STOPPING")
     wait_until(lambda: not service.books().get(leaving), "the end of its leases")
@@ -153,7 +150,8 @@ def take_an_ingress_away(service: Service) -> None:
     streams = running(service, range(6), LONG)
     held = Counter(service.holders().values())
     assert len(held) == 2, "both ingresses have streams"
-    short = running(service, range(10, 16), 120)
+    short = [service.stream(number, 200) for number in range(10, 16)]
+    wait_until(lambda: all(stream.tokens or stream.has_ended for stream in short), "a token of each short stream")
     service.change("Ingress", num_replicas=1)
     wait_until(lambda: "STOPPING" in service.states("Ingress").values(), "the end of one")
     (leaving,) = (ingress_id for ingress_id, state in service.states("Ingress").items() if state == "STOPPING")
@@ -164,7 +162,9 @@ def take_an_ingress_away(service: Service) -> None:
     told = [stream for stream in streams if stream.has_ended]
     assert len(told) == held[leaving] >= 1
     for stream in told:
-        assert "this ingress leaves, and the 6 s for answers to end are over" in repr(stream.error)
+        assert f"this ingress leaves, and the {INGRESS_DRAIN_SECONDS:g} s for answers to end are over" in repr(
+            stream.error
+        )
         assert "engine_unavailable" in repr(stream.error)
         assert not stream.is_done
         assert 3 <= len(stream.tokens) < LONG
@@ -177,17 +177,13 @@ def take_an_ingress_away(service: Service) -> None:
     service.check_whole()
 
 
-@own_proxy
-def test_an_ingress_leaves_behind_rays_own_proxy(service: Service) -> None:
-    with redeployed(service, drain=SHORT_DRAIN):
-        take_an_ingress_away(service)
-        service.check_rest()
-
-
 @launched
 def test_the_model_changes_under_load(service: Service, tmp_path: Path) -> None:
     """There and back. Each model has a router of its own. Who asks an old ingress after the old replicas have gone waits in
     vain, and who asks a new one before the new model is loaded is told; nobody who was shown a token loses his answer."""
+    version = service.snapshot()["options_version"]
+    service.change("Ingress", user_config={"router": {"max_queue_seconds": 5}})  # an old ingress drains as long
+    wait_until(lambda: service.snapshot()["options_version"] > version, "the shorter wait")
     args = copy.deepcopy(service.config["applications"][0]["args"])
     shutil.copytree(args["model"]["model"], tmp_path / "another")
     other = args | {"model": args["model"] | {"model": str(tmp_path / "another")}}
@@ -206,6 +202,7 @@ def test_the_model_changes_under_load(service: Service, tmp_path: Path) -> None:
         assert len(load.streams) - len(refused) >= 2 * MIN_IN_A_PHASE
         ask(service, 100)
         service.check_rest()
+    service.change("Ingress", user_config={})
 
 
 @launched
