@@ -17,6 +17,7 @@ from serve_app.check_config import check
 from tests.test_draw import Answers
 
 ROOT = Path(__file__).parent.parent.parent
+DOCS = ROOT / "docs"
 ALERTS = {
     rule["alert"]: rule
     for group in yaml.safe_load((ROOT / "deploy/monitoring/alerts.yaml").read_text(encoding="utf-8"))["groups"]
@@ -117,3 +118,23 @@ def test_a_load_test_without_figures_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"locust ended without figures: .*no-such-option"):
         load.results()
     load.end()
+
+
+def test_the_page_s_pictures_are_there_and_small() -> None:
+    page = (DOCS / "bad_day.md").read_text(encoding="utf-8")
+    shown = re.findall(r"!\[[^\]]+\]\((\w+\.png)\)", page)
+    assert set(bad_day.PICTURES) <= set(shown)
+    assert len(shown) == len(set(shown)) >= 5
+    for name in shown:
+        data = (DOCS / name).read_bytes()
+        assert data[:8] == b"\x89PNG\r\n\x1a\n"
+        assert len(data) <= bad_day.MAX_BYTES
+
+
+def test_the_page_names_alerts_that_there_are() -> None:
+    page = (DOCS / "bad_day.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[(\w+)\]\(runbook\.md#(\w+)\) \|", page, re.M)
+    assert len(rows) >= 3
+    for name, anchor in rows:
+        assert name in ALERTS
+        assert anchor == name.lower()
