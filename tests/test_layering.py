@@ -215,6 +215,8 @@ ORDER: tuple[tuple[str, Room], ...] = (
     ("api/request_notes.py", SERVICE),
     ("api/explain.py", SERVICE),
     ("api/stream.py", SERVICE),
+    ("api/generation.py", SERVICE),
+    ("api/served_model.py", SERVICE),
     ("api/service.py", SERVICE),
     ("api/disconnect.py", SERVICE),
     ("api/live_feed.py", SERVICE),
@@ -393,7 +395,7 @@ INGRESS_AT_WORK = """
 import sys
 from serve_app.api import ingress, http_app
 from serve_app.api.protocol import ChatCompletionRequest
-from serve_app.api.service import load_served_model
+from serve_app.api.served_model import load_served_model
 from serve_app.config import ServeArgs
 
 model = load_served_model(ServeArgs.parse({"model": {"model": sys.argv[1], "runner": "simulated"}}))

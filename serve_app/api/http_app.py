@@ -32,6 +32,7 @@ from serve_app.api.disconnect import until_disconnect
 from serve_app.api.embeddings import EmbeddingRequest
 from serve_app.api.error_response import error_response
 from serve_app.api.fields import MAX_REQUEST_ID_CHARS
+from serve_app.api.generation import Generation
 from serve_app.api.headers import EVENT_ID_HEADER, RESUMABLE_HEADER, TIMEOUT_HEADER, timeout_ms
 from serve_app.api.live_feed import LiveFeed
 from serve_app.api.protocol import (
@@ -44,7 +45,7 @@ from serve_app.api.request_notes import RequestNote
 from serve_app.api.responses import answer_maker
 from serve_app.api.responses_protocol import ResponsesRequest
 from serve_app.api.resume import resumable_of
-from serve_app.api.service import Generation, GenerationRequest, Service
+from serve_app.api.service import GenerationRequest, Service
 from serve_app.api.ui_routes import OPEN_PATHS as UI_PATHS, add_ui_routes
 from serve_app.errors import (
     BodyTooLargeError,

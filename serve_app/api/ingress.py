@@ -24,7 +24,8 @@ from serve_app.api.http_app import build_app
 from serve_app.api.live_feed import LiveFeed
 from serve_app.api.request_model import RequestLimits
 from serve_app.api.request_notes import RequestNotes
-from serve_app.api.service import Service, load_served_model
+from serve_app.api.served_model import load_served_model
+from serve_app.api.service import Service
 from serve_app.config import IngressUserConfig, ServeArgs
 from serve_app.engine.totals import Counts
 from serve_app.metrics import render

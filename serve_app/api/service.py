@@ -1,7 +1,8 @@
-"""Service: what the routes do, without HTTP. Checks a request, makes its prompts, starts its streams, gives its bytes.
+"""Service: what the routes do, without HTTP. Checks a request, makes its prompts, starts its streams; `generation` makes the
+bytes.
 
-Knows the model's names, its tokenizer and template, the limits, and how an answer is put together from the outputs of
-streams. Knows no route, no header, no Ray: the router and the channels are handed in. Loads no torch.
+Knows the model's names, its tokenizer and template, and the limits. Knows no route, no header, no Ray: the router and the
+channels are handed in. Loads no torch.
 """
 
 from __future__ import annotations
@@ -13,11 +14,9 @@ import random
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from serve_app import hub
 from serve_app.api import resume
 from serve_app.api.answer_formats import TokenTexts
 from serve_app.api.answers import Answer, ResumableAnswer, detokenize_body, make_answer, tokenize_body
@@ -25,6 +24,7 @@ from serve_app.api.embeddings import EmbeddingRequest, check_lengths, embeddings
 from serve_app.api.event_id import ChoiceShown
 from serve_app.api.explain import Explainer
 from serve_app.api.failover import Failover
+from serve_app.api.generation import Generation, Texts, error_of
 from serve_app.api.headers import EVENT_ID_HEADER, RESUMABLE_HEADER
 from serve_app.api.ingress_counts import IngressCounts, RequestTimes
 from serve_app.api.prompts import EncodedPrompt
@@ -38,31 +38,23 @@ from serve_app.api.protocol import (
 from serve_app.api.request_model import RequestLimits
 from serve_app.api.request_notes import RequestNotes
 from serve_app.api.resume import MAX_CHOICES, Begun, Resumable
+from serve_app.api.served_model import ServedModel
 from serve_app.api.stream import GenerationStream, Leases, prefix_hashes
-from serve_app.config import ServeArgs
-from serve_app.engine.request import FinishReason, GenerateRequest, SamplingParams, TokenOutput
+from serve_app.engine.request import FinishReason, GenerateRequest, SamplingParams
 from serve_app.errors import (
     ContextLengthError,
     EngineUnavailableError,
     InvalidEventIdError,
     InvalidParameterError,
     OverloadedError,
-    RaggedServeError,
     UnknownModelError,
 )
-from serve_app.logs import get_logger
 from serve_app.replica.channel import Channels
 from serve_app.replica.kept import Keep, Origin
 from serve_app.routing.router import RouterState
-from serve_app.text.chat_template import ChatTemplate
 from serve_app.text.grammar_check import GrammarCheck
-from serve_app.text.output_format import OutputFormat
 from serve_app.text.parsed_stream import ParsedStream
-from serve_app.text.pooling_config import PoolingConfig, load_pooling_config
 from serve_app.text.text_stream import TextStream
-from serve_app.text.tokenizer import Tokenizer
-
-logger = get_logger(__name__)
 
 LONG_TEXT = 16_384
 """Characters beyond which a text is tokenized off the event loop: some 4 ms."""
@@ -73,60 +65,6 @@ LONG_BODY = 16_384
 
 T = TypeVar("T")
 GenerationRequest = CompletionRequest | ChatCompletionRequest
-Texts = dict[tuple[int, int], TextStream | ParsedStream]
-"""By prompt and choice."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ServedModel:
-    """What the HTTP face must know of the model."""
-
-    names: tuple[str, ...]
-    """A request may use any; answers carry the one it used."""
-    tokenizer: Tokenizer
-    chat_template: ChatTemplate | None
-    default_chat_max_tokens: int
-    created: int
-    """Seconds since 1970, for /v1/models."""
-    output_format: OutputFormat = dataclasses.field(default_factory=OutputFormat)
-    """How it writes tool calls and reasoning."""
-    pooling: PoolingConfig = dataclasses.field(default_factory=PoolingConfig)
-    """For /v1/embeddings."""
-
-
-def load_served_model(args: ServeArgs) -> ServedModel:
-    """Reads tokenizer, template and generation_config.json. Raises a StartupError that says what is wrong."""
-    model = args.model
-    revision = None if model.tokenizer else model.revision
-    directory = hub.resolve_model(model.tokenizer or model.source, revision, hub.TEXT_FILES)
-    tokenizer = Tokenizer.from_directory(directory)
-    text = args.api.chat_template_text()
-    source = text if text is not None else tokenizer.chat_templates
-    output_format = OutputFormat.of(tokenizer, args.api.tool_parser, args.api.reasoning_parser, text)
-    logger.info(
-        "tool calls are read as %s, reasoning as %s (api.tool_parser, api.reasoning_parser)",
-        output_format.tools.name if output_format.tools is not None else "none",
-        output_format.reasoning.name if output_format.reasoning is not None else "none",
-    )
-    return ServedModel(
-        names=model.names,
-        tokenizer=tokenizer,
-        chat_template=ChatTemplate(source, tokenizer.special_tokens) if source else None,
-        default_chat_max_tokens=args.api.default_chat_max_tokens,
-        created=int(time.time()),
-        output_format=output_format,
-        pooling=_load_pooling_config(args, directory),
-    )
-
-
-def _load_pooling_config(args: ServeArgs, directory: Path) -> PoolingConfig:
-    """``directory``: of the tokenizer."""
-    model = args.model
-    if model.runner == "simulated":
-        return PoolingConfig(model.pooling or "last")
-    if model.tokenizer:
-        directory = hub.resolve_model(model.source, model.revision, hub.TEXT_FILES)
-    return load_pooling_config(directory, model.pooling)
 
 
 class Service:
@@ -245,7 +183,7 @@ class Service:
         self.counts.params_n.observe(request.n)
         if request.given_max_tokens is not None:
             self.counts.params_max_tokens.observe(request.given_max_tokens)
-        return Generation(self, answer, streams, texts, times)
+        return Generation(answer, streams, texts, times, self._count_running)
 
     async def embed(
         self,
@@ -325,7 +263,7 @@ class Service:
             async for batch in batches:
                 for output in batch:
                     if output.finish_reason is FinishReason.ERROR:
-                        raise _error_of(output)
+                        raise error_of(output)
                     if output.embedding is not None:
                         return output.embedding
         raise RuntimeError("the stream is over, and there is no vector")
@@ -377,6 +315,9 @@ class Service:
         return state
 
     # ---- parts ---------------------------------------------------------------------------------------------------
+
+    def _count_running(self, num: int) -> None:
+        self.num_running += num
 
     def _known_state(self) -> RouterState | None:
         """The last state in which there were replicas: they may all be away for a moment."""
@@ -479,152 +420,7 @@ class Service:
         return await asyncio.to_thread(make) if num_chars > LONG_TEXT else make()
 
 
-class Generation:
-    """The answer to one request while it is made."""
-
-    def __init__(
-        self,
-        service: Service,
-        answer: Answer,
-        streams: Sequence[GenerationStream],
-        texts: Texts,
-        times: RequestTimes,
-    ) -> None:
-        self.answer = answer
-        self.streams = streams
-        self.has_ended = False
-        """The chunk that has come, or comes next, is the last one."""
-        self.error: Exception | None = None
-        """What ended it, if it did not end by itself."""
-        self._service = service
-        self._texts = texts
-        self._times = times
-
-    async def chunks(self) -> AsyncGenerator[bytes, None]:
-        """What to send, as it comes; the last chunk is the answer's end. Close it (``aclose``) to give up.
-
-        Raises what a stream raises, and the error that ended a choice.
-        """
-        # Asked of the answer, never of the streams: `_merge` reads them in tasks, ahead of what is in the answer.
-        answer = self.answer
-        self._service.num_running += 1
-        last = b""
-        try:
-            # Leaving a block closes its streams, which settles their leases: before the reader sees the end.
-            if len(self.streams) == 1:
-                async with contextlib.aclosing(self.streams[0].batches()) as batches:  # type: ignore[type-var]
-                    async for batch in batches:
-                        last = self._take(0, batch)
-                        if answer.has_ended:
-                            break
-                        if last:
-                            yield last
-            else:
-                async with contextlib.aclosing(_merge([s.batches() for s in self.streams])) as merged:
-                    async for prompt_index, batch in merged:
-                        last = self._take(prompt_index, batch)
-                        if answer.has_ended:
-                            break
-                        if last:
-                            yield last
-            if not answer.has_ended:
-                raise RuntimeError("the streams are over, and a choice has no end")  # an error, and never a silent cut
-            self.has_ended = True
-            leased = [s.leased_at for s in self.streams if s.leased_at is not None]
-            self._times.answered(min(leased, default=None), asyncio.get_running_loop().time())
-            yield last + answer.end()
-        except (asyncio.CancelledError, GeneratorExit):
-            self._broken(FinishReason.ABORT)
-            raise
-        except Exception as error:
-            self.error = error
-            self._broken(FinishReason.ERROR)
-            raise
-        finally:
-            self._service.num_running -= 1
-
-    def _broken(self, reason: FinishReason) -> None:
-        """Not of a request that was refused, or went while it waited: that is in the HTTP answers."""
-        if any(stream.leased_at is not None for stream in self.streams):
-            self._times.broken(reason)
-
-    def _take(self, prompt_index: int, batch: list[TokenOutput]) -> bytes:
-        """Tokens to text to bytes."""
-        now = asyncio.get_running_loop().time()
-        parts = []
-        for output in batch:
-            if output.finish_reason is FinishReason.ERROR:
-                raise _error_of(output)
-            text = self._texts[prompt_index, output.choice_index]
-            delta = text.push(output.token_ids, output.finish_reason, output.stop_token_id)
-            if data := self.answer.push(prompt_index, delta, output):
-                parts.append(data)
-            if output.token_ids:
-                self._times.output((prompt_index, output.choice_index), delta.num_tokens, now)
-            if delta.finish_reason is not None:
-                self._times.ended((prompt_index, output.choice_index), delta.finish_reason)
-            if delta.finish_reason is not None and output.finish_reason is None:
-                self.streams[prompt_index].end_choice(output.choice_index)  # a stop string
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-async def _merge(
-    sources: Sequence[Any],
-) -> AsyncGenerator[tuple[int, list[TokenOutput]], None]:
-    """(index, batch) of all sources as they come; the first error ends it. Sources are closed, whatever happens.
-
-    Holds two batches of each source: what a slow reader leaves waits in the channel, which counts it.
-    """
-    arrived: asyncio.Queue[tuple[int, list[TokenOutput] | Exception | None]] = asyncio.Queue(2 * len(sources))
-
-    async def read(index: int, source: Any) -> None:
-        end = None
-        try:
-            async with contextlib.aclosing(source):
-                async for batch in source:
-                    await arrived.put((index, batch))
-        except Exception as error:
-            end = error
-        await arrived.put((index, end))
-
-    tasks = [asyncio.create_task(read(i, source)) for i, source in enumerate(sources)]
-    try:
-        num_left = len(tasks)
-        while num_left:
-            index, batch = await arrived.get()
-            if isinstance(batch, Exception):
-                raise batch
-            if batch is None:
-                num_left -= 1
-            else:
-                yield index, batch
-    finally:
-        for task in tasks:
-            task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-
 def _num_chars(request: GenerationRequest) -> int:
     if isinstance(request, ChatCompletionRequest):
         return sum(len(message.content or "") for message in request.messages)
     return sum(len(prompt) for prompt in request.prompt if isinstance(prompt, str))
-
-
-def _families(root: type[RaggedServeError]) -> dict[str, type[RaggedServeError]]:
-    """Code -> the class nearest to the root that has it."""
-    found = {root.code: root}
-    for child in root.__subclasses__():
-        found = {**_families(child), **found}
-    return found
-
-
-_FAMILIES = _families(RaggedServeError)
-
-
-def _error_of(output: TokenOutput) -> RaggedServeError:
-    """The error that ended a choice, of the class it had in the engine."""
-    kind = _FAMILIES.get(output.error_code or "", RaggedServeError)
-    error = kind.__new__(kind)
-    error.args = (output.error or "the engine ended this request",)
-    return error

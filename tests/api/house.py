@@ -23,7 +23,8 @@ from serve_app.api.explain import Explainer
 from serve_app.api.http_app import build_app
 from serve_app.api.live_feed import LiveFeed
 from serve_app.api.request_notes import RequestNotes
-from serve_app.api.service import ServedModel, Service
+from serve_app.api.served_model import ServedModel
+from serve_app.api.service import Service
 from serve_app.config import IngressUserConfig, ServeArgs
 from serve_app.engine.async_engine import AsyncEngine
 from serve_app.engine.engine import Engine
@@ -186,7 +187,7 @@ class House:
         return client, channels, service
 
     async def _start(self) -> None:
-        from serve_app.api.service import load_served_model
+        from serve_app.api.served_model import load_served_model
 
         self.make_router()
         self.transport = FakeTransport(random.Random(0))
