@@ -1,7 +1,7 @@
 """The soak: random traffic, clients that leave, bad input, kills; and now and then silence, when nothing may be left over.
 
-    python -m loadtests.soak                20 minutes
-    python -m loadtests.soak --minutes 2    what the tests run
+    python -m loadtests.soak                                        20 minutes
+    python -m loadtests.soak --minutes 1.5 --period 20 --faults 4   what the tests run
 
 The cluster is the drill's, with small pools, so that sequences are preempted. The traffic is the drill's mix, streamed or
 whole, read to the end or left at any point, and every abuse of tests/api/abuses.py. Each answer that was read to the end is
@@ -192,10 +192,14 @@ class Traffic:
 class Faults:
     """Kills at random moments, on a thread of its own, while the traffic flows."""
 
-    def __init__(self, service: Service, traffic: Traffic, rng: random.Random, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, service: Service, traffic: Traffic, rng: random.Random, say: Callable[[str], None], seconds: float
+    ) -> None:
+        """``seconds``: from one to the next, on average."""
         self.counters: Counter[str] = Counter()
         self.failure: BaseException | None = None
         self._service, self._traffic, self._rng, self._say = service, traffic, rng, say
+        self._seconds = seconds
         self._first = {name: set(service.pids(name)) for name in ("Replica", "Ingress")}
         """Of each, one of these is never touched: the first by name."""
         self._kept = {name: min(found) for name, found in self._first.items()}
@@ -232,7 +236,7 @@ class Faults:
                     self._flows.wait()
                     self._is_idle.clear()
                     continue
-                if self._is_over.wait(self._rng.uniform(3, 12)):
+                if self._is_over.wait(self._rng.uniform(0.4, 1.6) * self._seconds):
                     return
                 if self._flows.is_set():
                     self._one()
@@ -398,7 +402,7 @@ def soak(arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as directory, cluster(Path(directory), config) as service:
         expected = undisturbed(service, items)
         traffic = Traffic(service.url, items, expected, arguments.workers, rng)
-        faults = Faults(service, traffic, random.Random(arguments.seed), say)
+        faults = Faults(service, traffic, random.Random(arguments.seed), say, arguments.faults)
         begun = time.monotonic()
         silence = Silence(service, faults.kept, begun)
         say("traffic")
@@ -459,6 +463,7 @@ def main() -> int:
     made = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     made.add_argument("--minutes", type=float, default=20.0)
     made.add_argument("--period", type=float, default=50.0, help="seconds of traffic between two silences")
+    made.add_argument("--faults", type=float, default=7.5, help="seconds of traffic between two faults, on average")
     made.add_argument("--workers", type=int, default=12, help="requests at a time")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--log", type=Path, help="write what the server said here")

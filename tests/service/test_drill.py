@@ -43,7 +43,7 @@ def test_streams_outlive_their_replicas() -> None:
 
 
 def test_nothing_is_left_over() -> None:
-    result = run("loadtests.soak", "--minutes", "2", "--period", "30")
+    result = run("loadtests.soak", "--minutes", "1.5", "--period", "20", "--faults", "4")
     assert result["wrong"] == []
     requests, faults = result["requests"], result["faults"]
     assert min(requests[name] for name in ("streamed", "whole", "left in the stream", "abuses refused")) >= 1, requests
