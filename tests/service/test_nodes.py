@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 
@@ -113,7 +114,7 @@ class OnNodes(Service):
 
     def __init__(self, nodes: Nodes, model: Path, directory: Path) -> None:
         port = free_port(0)
-        config = make_config(model, port, "serve run")
+        config = make_config(model, port, "nodes")
         config["proxy_location"] = "HeadOnly"
         for name, kind in (("Ingress", "front"), ("Replica", "seat")):
             options = deployment_of(config, name).setdefault("ray_actor_options", {})
@@ -132,7 +133,8 @@ class OnNodes(Service):
         self.deploy(self.config)
         wait_until(self._is_deployed, "the application")
         self._replicas = serve.get_deployment_handle("Replica", APP)
-        wait_until(lambda: self._is_up(), "readiness")
+        with httpx.Client(timeout=5) as client:
+            wait_until(lambda: self._is_up(client), "readiness")
         self.check_whole()
         return self
 
@@ -142,14 +144,6 @@ class OnNodes(Service):
         applications: Json = _get_global_client().get_serve_details()["applications"]
         assert applications[APP]["status"] != "DEPLOY_FAILED", applications[APP]["message"]
         return bool(applications[APP]["status"] == "RUNNING")
-
-    def _is_up(self) -> bool:
-        import httpx
-
-        try:
-            return httpx.get(f"{self.url}/ready", timeout=5).status_code == 200
-        except httpx.HTTPError:
-            return False
 
     def stop(self) -> list[psutil.Process]:
         from ray import serve
