@@ -27,7 +27,7 @@ TEMPLATE = (
     "{% for m in messages %}{{ m.content }}{% endfor %}{% if reasoning_effort == 'none' %}<think></think>{% endif %}"
 )
 API = {"chat_template": TEMPLATE, "tool_parser": "hermes", "reasoning_parser": "think"}
-HTTP = httpx.Client(timeout=120)
+HTTP = httpx.Client(timeout=120, limits=httpx.Limits(max_keepalive_connections=0))
 SCHEMA = {
     "type": "object",
     "properties": {"unit": {"enum": ["C", "F"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},

@@ -17,7 +17,7 @@ from tests.api.house import House
 from tests.api.tool_house import ANSWERS, CLOCK, ONE, TOOLS, WEATHER, make_house
 
 CHAT = "/v1/chat/completions"
-HTTP = httpx.Client(timeout=30)
+HTTP = httpx.Client(timeout=30, limits=httpx.Limits(max_keepalive_connections=0))
 MODEL = "model"
 ARGUMENTS = '{"place": "Paris, \\u00e9t\\u00e9 \\"là\\"", "days": 3}'
 
