@@ -61,7 +61,13 @@ def main(directory: Path) -> None:
     )
     command = [str(Path(sys.executable).parent / "serve"), "run", str(files["cpu"])]
     environ = os.environ | {"RAY_ADDRESS": cluster.address}
-    with subprocess.Popen(command, stdout=sys.stderr, env=environ) as served:
+    with subprocess.Popen(
+        command,
+        stdout=sys.stderr,
+        env=environ,
+        # A shell may have switched interrupts off for all that it starts in the background, us included.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
+    ) as served:
         try:
             ray.init(address=cluster.address, namespace="serve", log_to_driver=False)
             wait("ready", lambda: is_ready(url) or served.poll() is not None)
@@ -161,7 +167,7 @@ class Seen:
             "replicas": sorted(gpus),
             "ingresses": [labels[replica["node_id"]] for replica in self.running("Ingress").values()],
             "router": labels[place],
-            "free_gpus": ray.available_resources().get("GPU", 0.0),
+            "free_gpus": free_gpus(sum(len(held) for _, held in gpus)),
         }
 
 
@@ -195,6 +201,16 @@ class Load:
         for failure in self._failures:
             raise failure
         return self._tokens
+
+
+def free_gpus(num_held: int) -> float:
+    """What Ray says, which comes a moment after what happened: it may take some seconds to be what replicas leave."""
+    deadline = time.monotonic() + 30.0
+    while True:
+        found: float = ray.available_resources().get("GPU", 0.0)
+        if found == ray.cluster_resources()["GPU"] - num_held or time.monotonic() > deadline:
+            return found
+        time.sleep(0.1)
 
 
 def deployment_of(config: Json, name: str) -> Json:
