@@ -22,7 +22,7 @@ from serve_app import check_config, serve_run
 from serve_app.config import DRAIN_MARGIN_SECONDS, GRACEFUL_SHUTDOWN_SECONDS, INGRESS, ServeArgs
 from serve_app.routing.ray_router import PLACE
 from tests.k8s.harness import DEPLOY, NAMESPACE, REPOSITORY, Manifests, Pod, amount, findings, selects
-from tests.k8s.network import Peer, allows
+from tests.k8s.network import Connection, Peer, misrouted
 
 IMAGE = "ragged-serve"
 GPU = "nvidia.com/gpu"
@@ -396,30 +396,24 @@ WORKER_PORT = 31234
 
 def network(manifests: Manifests) -> Iterator[str]:
     """Who must reach whom, and who must not."""
-    policies = manifests.of("NetworkPolicy")
     ours = [Peer.of(pod) for pod in manifests.pods()]
     ray = [Peer.of(pod) for pod in ray_pods(manifests)]
     heads, workers = [one for one in ray if one.name == "head"], [one for one in ray if one.name != "head"]
     jobs = [peer for peer in ours if peer.name == "Job/model-cache"]
-    must: list[tuple[Peer, Peer, int]] = [(a, b, port) for a in ray for b in ray for port in (6379, 8000, WORKER_PORT)]
+    must: list[Connection] = [(a, b, port) for a in ray for b in ray for port in (6379, 8000, WORKER_PORT)]
     must += [(OPERATOR, one, port) for one in heads for port in (8265, 8000)]
     must += [(PROMETHEUS, one, 8080) for one in ray] + [(PROMETHEUS, one, 8000) for one in workers]
     must += [(CLIENT, one, 8000) for one in workers]
     must += [(one, DNS, 53) for one in [*ray, *jobs]]
     must += [(one, OUTSIDE, port) for one in heads for port in (443, 6443)]
     must += [(one, OUTSIDE, 443) for one in jobs]
-    never: list[tuple[Peer, Peer, int]] = [(STRANGER, one, p) for one in ours for p in (8000, 8265, 8080, WORKER_PORT)]
+    never: list[Connection] = [(STRANGER, one, p) for one in ours for p in (8000, 8265, 8080, WORKER_PORT)]
     never += [(OUTSIDE, one, port) for one in ours for port in (8000, WORKER_PORT)]
     never += [(one, two, WORKER_PORT) for one in (CLIENT, PROMETHEUS, OPERATOR, *jobs) for two in ray]
     never += [(CLIENT, one, port) for one in heads for port in (6379, 8265, 8000)]
     never += [(one, OUTSIDE, port) for one in workers for port in (443, 6443, 80)]
     never += [(one, two, 8265) for one in jobs for two in ray]
-    for source, target, port in must:
-        if not allows(policies, source, target, port):
-            yield f"{source.name} cannot reach {target.name} at {port}"
-    for source, target, port in never:
-        if allows(policies, source, target, port):
-            yield f"{source.name} can reach {target.name} at {port}"
+    yield from misrouted(manifests.of("NetworkPolicy"), must, never)
 
 
 def security(manifests: Manifests) -> Iterator[str]:

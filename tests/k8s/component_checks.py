@@ -19,7 +19,7 @@ from serve_app.metrics import TABLE, Metric
 from serve_app.routing.ray_metrics import ray_name
 from tests.k8s.checks import CLIENT, IMAGE, OUTSIDE, PROMETHEUS, STRANGER, ray_pods
 from tests.k8s.harness import DEPLOY, NAMESPACE, REPOSITORY, Document, Manifests, Pod, selects
-from tests.k8s.network import Peer, allows
+from tests.k8s.network import Peer, misrouted
 from tests.promql import named
 
 SERVE_SERVICE = f"{IMAGE}-serve-svc"
@@ -28,17 +28,6 @@ INNER_GATEWAY = f"{IMAGE}-gateway"
 INNER_ROUTE = f"{IMAGE}-httproute"
 """KubeRay's own, of the same name, for upgrades in steps."""
 GATEWAY_LABEL = "gateway.networking.k8s.io/gateway-name"
-
-
-def network(manifests: Manifests, must: Sequence[Any], never: Sequence[Any]) -> Iterator[str]:
-    """``must`` and ``never``: (source, target, port)."""
-    policies = manifests.of("NetworkPolicy")
-    for source, target, port in must:
-        if not allows(policies, source, target, port):
-            yield f"{source.name} cannot reach {target.name} at {port}"
-    for source, target, port in never:
-        if allows(policies, source, target, port):
-            yield f"{source.name} can reach {target.name} at {port}"
 
 
 def peers(manifests: Manifests) -> tuple[list[Peer], list[Peer]]:
@@ -96,8 +85,8 @@ def gcs_ft(manifests: Manifests) -> Iterator[str]:
     cleanup = Peer("KubeRay's clean-up", {**(heads[0].labels or {}), "ray.io/node-type": "redis-cleanup"})
     there = Peer.of(redis)
     strangers = [*workers, STRANGER, CLIENT, PROMETHEUS, OUTSIDE]
-    yield from network(
-        manifests,
+    yield from misrouted(
+        manifests.of("NetworkPolicy"),
         [(one, there, int(port)) for one in (*heads, cleanup)],
         [*((one, there, int(port)) for one in strangers), (there, OUTSIDE, 443), (there, heads[0], 6379)],
     )
@@ -169,7 +158,7 @@ def monitoring(manifests: Manifests) -> Iterator[str]:
         if pod.is_ray and pod.ports().get(endpoint["port"]) != 8080:
             yield f"PodMonitor: {pod.name} has Ray's agent at 8080, and {endpoint['port']} is another port"
     heads, workers = peers(manifests)
-    yield from network(manifests, [(PROMETHEUS, one, 8080) for one in (*heads, *workers)], [])
+    yield from misrouted(manifests.of("NetworkPolicy"), [(PROMETHEUS, one, 8080) for one in (*heads, *workers)], [])
 
     waits = {"__meta_kubernetes_pod_phase": "Pending"}
     if relabel(endpoint["relabelings"], waits) is not None:
@@ -256,8 +245,8 @@ def gateway(manifests: Manifests) -> Iterator[str]:
     labels = {"kubernetes.io/metadata.name": place, **namespaces.get(place, {})}
     proxy = Peer("the gateway", {GATEWAY_LABEL: IMAGE}, None if place == NAMESPACE else labels)
     heads, workers = peers(manifests)
-    yield from network(
-        manifests,
+    yield from misrouted(
+        manifests.of("NetworkPolicy"),
         [(proxy, one, 8000) for one in workers],
         [(proxy, one, port) for one in heads for port in (8000, 8265)] + [(proxy, one, 31234) for one in workers],
     )
@@ -299,8 +288,8 @@ def incremental_upgrade(manifests: Manifests) -> Iterator[str]:
         yield f"{INNER_ROUTE} is KubeRay's to write"
     proxy = Peer("the inner gateway", {GATEWAY_LABEL: INNER_GATEWAY})
     heads, workers = peers(manifests)
-    yield from network(
-        manifests,
+    yield from misrouted(
+        manifests.of("NetworkPolicy"),
         [(proxy, one, 8000) for one in workers] + [(CLIENT, proxy, 80)],
         [(proxy, heads[0], 8265), (proxy, heads[0], 8000), (STRANGER, proxy, 80), (OUTSIDE, proxy, 80)],
     )
@@ -357,8 +346,8 @@ def load(manifests: Manifests) -> Iterator[str]:
         yield "Job/load: a missed SLO is no reason to begin anew"
     heads, workers = peers(manifests)
     there, inner = Peer.of(pod), Peer("the inner gateway", {GATEWAY_LABEL: INNER_GATEWAY})
-    yield from network(
-        manifests,
+    yield from misrouted(
+        manifests.of("NetworkPolicy"),
         [(there, one, 8000) for one in workers] + [(there, inner, 80)],
         [(there, heads[0], 8265), (there, heads[0], 6379), (there, OUTSIDE, 443), (there, workers[0], 31234)]
         + [(one, there, 8089) for one in (STRANGER, CLIENT, *workers)],

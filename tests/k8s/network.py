@@ -7,7 +7,7 @@ open in it; else one rule of one policy must allow the connection, in both direc
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,23 @@ class Peer:
     def of(cls, pod: Pod) -> Peer:
         """A pod in the policies' namespace."""
         return cls(pod.name, pod.labels)
+
+
+Connection = tuple[Peer, Peer, int]
+"""Source, target, port."""
+
+
+def misrouted(
+    policies: Iterable[Mapping[str, Any]], must: Iterable[Connection], never: Iterable[Connection]
+) -> Iterator[str]:
+    """What must be open and is not, and what must not be and is."""
+    policies = list(policies)
+    for source, target, port in must:
+        if not allows(policies, source, target, port):
+            yield f"{source.name} cannot reach {target.name} at {port}"
+    for source, target, port in never:
+        if allows(policies, source, target, port):
+            yield f"{source.name} can reach {target.name} at {port}"
 
 
 def allows(policies: Iterable[Mapping[str, Any]], source: Peer, target: Peer, port: int) -> bool:
